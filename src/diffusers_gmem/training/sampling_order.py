@@ -1,0 +1,78 @@
+# Copyright 2026 The diffusers_gmem authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Randomness that is a function of (seed, epoch, sample) alone. Which samples make up step k, and what is drawn for each of
+them, depends neither on the state of a generator nor on how many processes, workers or micro-batches share the work, so
+a run that is stopped and resumed is the run that was not.
+"""
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+
+
+def sample_generator(seed: int, epoch: int, index: int) -> torch.Generator:
+    """The generator of everything that is drawn for sample `index` of the data set in epoch `epoch`."""
+    digest = hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+class TrainingBatchSampler:
+    """
+    A batch sampler that yields one process's micro-batches as lists of (epoch, index), from a given step on.
+
+    The samples of all epochs, each epoch in an order of its own, form one endless sequence. Step k (an optimizer step)
+    takes the k-th run of `global_batch_size` of it, which may span two epochs; within the step, micro-batch m of
+    process p takes the (m * num_processes + p)-th run of `batch_size`.
+
+    Args:
+        num_samples (`int`): size of the data set.
+        batch_size (`int`): size of a micro-batch of one process.
+        seed (`int`): seed of the orders.
+        first_step (`int`): the first step to yield, counted from 0.
+        num_steps (`int`): the step before which to end.
+        gradient_accumulation_steps (`int`): micro-batches of one process in a step.
+        num_processes (`int`): number of processes.
+        process_index (`int`): which of them this is.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        seed: int,
+        first_step: int,
+        num_steps: int,
+        gradient_accumulation_steps: int = 1,
+        num_processes: int = 1,
+        process_index: int = 0,
+    ):
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.first_step = first_step
+        self.num_steps = num_steps
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.num_processes = num_processes
+        self.process_index = process_index
+
+    def __len__(self) -> int:
+        return (self.num_steps - self.first_step) * self.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order_epoch, order = None, None
+        for micro_batch in range(
+            self.first_step * self.gradient_accumulation_steps, self.num_steps * self.gradient_accumulation_steps
+        ):
+            start = (micro_batch * self.num_processes + self.process_index) * self.batch_size
+            batch = []
+            for position in range(start, start + self.batch_size):
+                epoch, offset = divmod(position, self.num_samples)
+                if epoch != order_epoch:
+                    # -1 is no sample's index: the order has a generator of its own
+                    order = torch.randperm(self.num_samples, generator=sample_generator(self.seed, epoch, -1))
+                    order_epoch = epoch
+                batch.append((epoch, int(order[offset])))
+            yield batch

@@ -1,0 +1,93 @@
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from diffusers_gmem.data import ImageSource, center_crop, image_to_tensor
+
+
+def write_image(path, color=(10, 20, 30), size=(12, 8), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PIL.Image.new(mode, size, color).save(path)
+
+
+def test_a_folder_of_class_folders_has_labels(tmp_path):
+    # "train" and "test" are names of classes here, not of splits
+    for name in ("test", "train", "zebra"):
+        for number in range(2):
+            write_image(tmp_path / "images" / name / f"{number}.png")
+    (tmp_path / "images" / "LICENSE.txt").write_text("not an image")
+
+    source = ImageSource(str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
+    assert len(source) == 6
+    assert source.labels == [0, 0, 1, 1, 2, 2]
+    assert source.id2label == {0: "test", 1: "train", 2: "zebra"}
+    assert source.image_name(3) == "train/1.png"
+    assert source[3].mode == "RGB"
+    assert source[3].size == (12, 8)
+
+
+def test_a_flat_folder_has_no_labels(tmp_path):
+    for number in range(3):
+        write_image(tmp_path / "images" / f"{number}.png", color=(number, 0, 0))
+    source = ImageSource(str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
+    assert source.labels is None
+    assert [source.image_name(index) for index in range(3)] == ["0.png", "1.png", "2.png"]
+    assert [source[index].getpixel((0, 0))[0] for index in range(3)] == [0, 1, 2]
+
+
+def test_transparency_is_laid_on_white(tmp_path):
+    write_image(tmp_path / "images" / "0.png", color=(255, 0, 0, 0), mode="RGBA")
+    write_image(tmp_path / "images" / "1.png", color=(255, 0, 0, 255), mode="RGBA")
+    source = ImageSource(str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
+    assert source[0].getpixel((0, 0)) == (255, 255, 255)
+    assert source[1].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_broken_image_is_named(tmp_path):
+    for number in range(2):
+        write_image(tmp_path / "images" / f"{number}.png")
+    source = ImageSource(str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
+    path = tmp_path / "images" / "1.png"
+    path.write_bytes(path.read_bytes()[:40])
+    source[0]
+    with pytest.raises(ValueError, match=r"1\.png.* cannot be read"):
+        source[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either a folder of images or a data set's name"),
+        ({"train_data_dir": "nowhere"}, "no folder 'nowhere'"),
+        ({"train_data_dir": "."}, "no images in the folder"),
+        ({"train_data_dir": "images", "image_column": "picture"}, r"no column 'picture'.*'image'"),
+    ],
+)
+def test_wrong_sources_are_refused(tmp_path, monkeypatch, arguments, message):
+    (tmp_path / "empty").mkdir()
+    write_image(tmp_path / "images" / "0.png")
+    monkeypatch.chdir(tmp_path / "empty" if arguments.get("train_data_dir") == "." else tmp_path)
+    with pytest.raises(ValueError, match=message):
+        ImageSource(**arguments, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("size", [(8, 8), (50, 8), (8, 50), (17, 33), (5, 6), (100, 64)])
+def test_center_crop_is_the_central_square(size):
+    # A horizontal ramp: the crop's columns are symmetric about the middle
+    ramp = np.tile(np.linspace(0, 255, size[0]), (size[1], 1))
+    image = PIL.Image.fromarray(np.stack([ramp] * 3, axis=-1).astype(np.uint8))
+    cropped = center_crop(image, 8)
+    assert cropped.size == (8, 8)
+    mean = np.asarray(cropped, dtype=float).mean()
+    assert abs(mean - 127) < 255 / min(size)
+
+
+def test_center_crop_leaves_a_square_of_the_right_size_alone():
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8))
+    assert np.array_equal(np.asarray(center_crop(image, 8)), np.asarray(image))
+
+
+def test_pixels_are_scaled_to_minus_one_to_one():
+    image = PIL.Image.fromarray(np.array([[[0, 255, 51]]], dtype=np.uint8))
+    torch.testing.assert_close(image_to_tensor(image), torch.tensor([-1.0, 1.0, -0.6]).view(3, 1, 1))
