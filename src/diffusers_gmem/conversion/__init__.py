@@ -1,0 +1,6 @@
+from .transformer import convert_transformer
+
+
+__all__ = [
+    "convert_transformer",
+]
