@@ -35,7 +35,9 @@ def case_tensors(case: dict) -> dict[str, torch.Tensor]:
 def case_state_dict(case: dict) -> dict[str, torch.Tensor]:
     """The original state dict that a model case (or a case that names another's weights) belongs to."""
     stored = _load(case.get("weights_from", case["file"]))
-    return {name.removeprefix("state/"): tensor.clone() for name, tensor in stored.items() if name.startswith("state/")}
+    return {
+        name.removeprefix("state/"): tensor.clone() for name, tensor in stored.items() if name.startswith("state/")
+    }
 
 
 def assert_matches(case: dict, name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
