@@ -90,3 +90,10 @@ def test_a_mirrored_image_has_the_snippet_of_the_mirrored_image(source):
 def test_a_bank_of_another_size_is_refused(source):
     with pytest.raises(ValueError, match="6 images, got 2"):
         GMemTrainingDataset(source, GMemMemoryBank(torch.ones(2, 3)), 8, (4, 2, 2), 0, 0.4)
+
+
+def test_cached_images_are_the_same(source):
+    plain, cached = make_dataset(source), make_dataset(source, cache_images=True)
+    for key in [(0, 1), (1, 1), (0, 4)]:
+        torch.testing.assert_close(cached[key], plain[key], rtol=0, atol=0)
+    assert sorted(cached.cache) == [1, 4]

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_gmem authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import PIL.Image
 import torch
 
 from ..data.images import ImageSource, center_crop, image_to_tensor
@@ -26,6 +27,8 @@ class GMemTrainingDataset(torch.utils.data.Dataset):
         flipped_memory_bank ([`GMemMemoryBank`], *optional*):
             The snippets of the mirrored images. With it, every second image, at random, is mirrored and has its
             snippet from there.
+        cache_images (`bool`, defaults to `False`):
+            Keep every cropped image in memory, one byte per value, from its first use on.
 
     Each sample is a dict of `pixel_values` `(3, resolution, resolution)` in [-1, 1], `memory` `(memory_dim,)`,
     `memory_dropout_mask` `(memory_dim,)`, `timestep` `()`, `noise` and `posterior_noise` of `latent_shape`, and `index`.
@@ -43,6 +46,7 @@ class GMemTrainingDataset(torch.utils.data.Dataset):
         timestep_mean: float = 0.0,
         timestep_std: float = 1.0,
         flipped_memory_bank: GMemMemoryBank | None = None,
+        cache_images: bool = False,
     ):
         if len(source) != len(memory_bank):
             raise ValueError(f"The bank must have a row for each of the {len(source)} images, got {len(memory_bank)}.")
@@ -56,6 +60,7 @@ class GMemTrainingDataset(torch.utils.data.Dataset):
         self.timestep_mean = timestep_mean
         self.timestep_std = timestep_std
         self.flipped_memory_bank = flipped_memory_bank
+        self.cache: dict[int, PIL.Image.Image] | None = {} if cache_images else None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -71,7 +76,7 @@ class GMemTrainingDataset(torch.utils.data.Dataset):
         memory_dropout_mask = torch.rand(self.memory_bank.dim, generator=generator) >= self.memory_dropout
 
         flip = self.flipped_memory_bank is not None and flip < 0.5
-        pixel_values = image_to_tensor(center_crop(self.source[index], self.resolution))
+        pixel_values = image_to_tensor(self._cropped_image(index))
         memory = (self.flipped_memory_bank if flip else self.memory_bank)[index].float()
         return {
             "index": torch.tensor(index),
@@ -82,3 +87,10 @@ class GMemTrainingDataset(torch.utils.data.Dataset):
             "noise": noise,
             "posterior_noise": posterior_noise,
         }
+
+    def _cropped_image(self, index: int) -> PIL.Image.Image:
+        if self.cache is None:
+            return center_crop(self.source[index], self.resolution)
+        if index not in self.cache:
+            self.cache[index] = center_crop(self.source[index], self.resolution)
+        return self.cache[index]
