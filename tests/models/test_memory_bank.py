@@ -674,3 +674,9 @@ def test_full_disk(small_disk):
     smaller = GMemMemoryBank(rows(count=400, dim=100))
     smaller.save_pretrained(small_disk / "bank")
     assert_same(GMemMemoryBank.from_pretrained(small_disk / "bank"), smaller)
+
+
+def test_a_tensor_of_one_row_number_gives_one_row():
+    bank = GMemMemoryBank(torch.arange(12.0).reshape(4, 3))
+    assert bank[torch.tensor([2])].shape == bank[[2]].shape == (1, 3)
+    assert bank[torch.tensor(2)].shape == bank[2].shape == (3,)

@@ -258,11 +258,10 @@ class GMemMemoryBank:
         if isinstance(index, slice):
             rows = range(*index.indices(len(self)))
             return self._gather(torch.arange(len(rows)) * rows.step + rows.start)
-        try:
-            index = operator.index(index)
-        except TypeError:
-            return self._gather(self._row_numbers(index))
-        return self._gather(self._row_numbers([index]))[0]
+        # A tensor of one element also passes for an integer, but asks for a list of one row
+        if getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
+            return self._gather(self._row_numbers([operator.index(index)]))[0]
+        return self._gather(self._row_numbers(index))
 
     def _row_numbers(self, index: Sequence[int] | torch.Tensor) -> torch.Tensor:
         count = len(self)
