@@ -11,6 +11,8 @@ import numpy as np
 import PIL.Image
 import torch
 
+from ..models.image_encoder import to_rgb
+
 
 class ImageSource(torch.utils.data.Dataset):
     """
@@ -90,11 +92,7 @@ class ImageSource(torch.utils.data.Dataset):
         record = self.dataset[index][self.image_column]
         try:
             image = PIL.Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"])
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                background = PIL.Image.new("RGBA", image.size, "white")
-                image = PIL.Image.alpha_composite(background, image)
-            return image.convert("RGB")
+            return to_rgb(image)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"Image {index} ({record['path'] or 'no file name'}) cannot be read: {error}") from error
 
