@@ -1,0 +1,625 @@
+# Copyright 2026 The diffusers_gmem authors.
+# SPDX-License-Identifier: Apache-2.0
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
+)
+from diffusers.image_processor import VaeImageProcessor
+from diffusers.utils import BaseOutput, logging, replace_example_docstring
+from diffusers.utils.torch_utils import randn_tensor
+
+from ..models.image_encoder import to_rgb
+from ..models.latent_normalization import denormalize_latents
+from ..models.memory_bank import GMemMemoryBank
+from ..models.transformer_gmem import GMemTransformer2DModel
+from ..schedulers.scheduling_gmem_flow_match import GMemFlowMatchScheduler
+
+
+logger = logging.get_logger(__name__)
+
+# Folder of the bank inside a saved pipeline. Not the component's name: diffusers' downloader rejects a repository that
+# has safetensors of a foreign name in a component's folder.
+MEMORY_BANK_FOLDER = "bank"
+
+EXAMPLE_DOC_STRING = """
+    Examples:
+        ```py
+        >>> import torch
+        >>> from diffusers_gmem import GMemPipeline
+
+        >>> pipe = GMemPipeline.from_pretrained("quickstart/pipeline")
+        >>> output = pipe(num_images=8, generator=torch.Generator().manual_seed(0))
+        >>> output.images[0].save("draw.png")
+        >>> output.memory_indices  # which snippet made which image
+        ```
+"""
+
+
+@dataclass
+class GMemPipelineOutput(BaseOutput):
+    """
+    Output of [`GMemPipeline`].
+
+    Args:
+        images (`list[PIL.Image.Image]`, `np.ndarray` or `torch.Tensor`):
+            The images: a list of PIL images, an array of shape `(n, height, width, channels)` in [0, 1] ("np"), a
+            tensor of shape `(n, channels, height, width)` in [0, 1] ("pt"), or the denoised latents ("latent").
+        memory_indices (`list[int]`, *optional*):
+            For each image, the row of the memory bank whose snippet made it; `None` if the snippets did not come from
+            the bank.
+    """
+
+    images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
+    memory_indices: list[int] | None = None
+
+
+class GMemPipeline(DiffusionPipeline):
+    r"""
+    Generates images from memory snippets (GMem, [arXiv 2412.08781](https://huggingface.co/papers/2412.08781)).
+
+    Inherits from [`DiffusionPipeline`]: see there for saving, loading, devices and offloading.
+
+    Args:
+        transformer ([`GMemTransformer2DModel`]):
+            The velocity network. The pipeline puts it in eval mode, and refuses to run one that is in train mode.
+        scheduler ([`SchedulerMixin`]):
+            [`GMemFlowMatchScheduler`], or a scheduler of diffusers that is configured for flow matching
+            ([`FlowMatchEulerDiscreteScheduler`], [`FlowMatchHeunDiscreteScheduler`], or UniPC or DPM++ with
+            `use_flow_sigmas=True, prediction_type="flow_prediction"`).
+        vae ([`AutoencoderKL`], *optional*):
+            Decodes the latents. `None`: the transformer works on pixels in [-1, 1].
+        memory_bank ([`GMemMemoryBank`], *optional*):
+            Where snippets are drawn from. It stays memory-mapped on the CPU, whatever the pipeline's device and dtype;
+            only the rows in use travel.
+        image_encoder (`torch.nn.Module`, *optional*):
+            Vision model (of transformers, or [`GMemImageEncoder`]) whose `pooler_output` is an image's snippet. The
+            pipeline puts it in eval mode.
+        image_processor (`transformers` image processor, *optional*):
+            Makes the `pixel_values` that `image_encoder` reads.
+        memory_bank_source (`dict`, *optional*):
+            Where a saved pipeline finds its bank: `{"subfolder": ..., "fingerprint": ...}`. Written by
+            `save_pretrained`.
+    """
+
+    _optional_components = ["vae", "memory_bank", "image_encoder", "image_processor"]
+    _callback_tensor_inputs = ["latents", "memory"]
+    model_cpu_offload_seq = "image_encoder->transformer->vae"
+
+    def __init__(
+        self,
+        transformer: GMemTransformer2DModel,
+        scheduler: SchedulerMixin,
+        vae: AutoencoderKL | None = None,
+        memory_bank: GMemMemoryBank | None = None,
+        image_encoder: torch.nn.Module | None = None,
+        image_processor=None,
+        memory_bank_source: dict | None = None,
+    ):
+        super().__init__()
+        self.register_modules(
+            transformer=transformer,
+            scheduler=scheduler,
+            vae=vae,
+            memory_bank=None,
+            image_encoder=image_encoder,
+            image_processor=image_processor,
+        )
+        self.register_to_config(memory_bank_source=memory_bank_source)
+        # Assigned, not registered: diffusers then never casts, moves or saves it. `save_pretrained` below does.
+        self.memory_bank = memory_bank
+        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        # A model that was built, not loaded, is in train mode, in which dropout would act
+        for model in (transformer, image_encoder):
+            if model is not None:
+                model.eval()
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    @property
+    def attention_kwargs(self) -> dict[str, Any] | None:
+        return self._attention_kwargs
+
+    @property
+    def current_timestep(self) -> torch.Tensor | None:
+        """The scheduler's timestep while `__call__` runs (diffusers' caches ask for it), else `None`."""
+        return self._current_timestep
+
+    @property
+    def num_timesteps(self) -> int:
+        """Model evaluations of the last call (a guided one counts once)."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "GMemPipeline":
+        """
+        [`DiffusionPipeline.from_pretrained`]; a bank that lies in the local folder is opened too (memory-mapped, so at
+        no cost), unless `memory_bank=` is passed.
+        """
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        if "memory_bank" not in kwargs and Path(pretrained_model_name_or_path, MEMORY_BANK_FOLDER).is_dir():
+            pipe.load_memory_bank()
+        return pipe
+
+    def load_memory_bank(self) -> GMemMemoryBank | None:
+        """
+        Opens the bank that the pipeline was saved with, if it has one and it is not open yet. `__call__` does so where
+        it needs a bank.
+
+        Raises:
+            ValueError: if the bank in the folder is not the one that the pipeline was saved with.
+        """
+        source = self.config.memory_bank_source
+        if self.memory_bank is None and source is not None:
+            folder = Path(self.config._name_or_path, source["subfolder"])
+            bank = GMemMemoryBank.from_pretrained(folder)
+            if bank.fingerprint != source["fingerprint"]:
+                raise ValueError(
+                    f"The memory bank in {folder} has the fingerprint {bank.fingerprint}; this pipeline was saved with "
+                    f"the bank {source['fingerprint']}. To use another bank, pass `memory_bank=`."
+                )
+            self.memory_bank = bank
+        return self.memory_bank
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+        """
+        [`DiffusionPipeline.save_pretrained`], plus the memory bank in the folder `bank`. A bank that a pipeline without
+        one finds there stays, with a warning, and is not taken for its own when it is loaded.
+
+        Args:
+            save_directory (`str` or `Path`): folder to write to; created if needed.
+            kwargs: those of [`DiffusionPipeline.save_pretrained`].
+        """
+        bank = self.load_memory_bank()
+        folder = Path(save_directory, MEMORY_BANK_FOLDER)
+        saved_source = None
+        if bank is not None:
+            bank.save_pretrained(folder)
+            saved_source = {"subfolder": MEMORY_BANK_FOLDER, "fingerprint": bank.fingerprint}
+        elif folder.exists():
+            logger.warning(
+                f"This pipeline has no memory bank; the one in {folder} stays there and does not belong to it."
+            )
+
+        # Our own source stays the folder that we were loaded from
+        source = self.config.memory_bank_source
+        self.register_to_config(memory_bank_source=saved_source)
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.register_to_config(memory_bank_source=source)
+
+    @torch.no_grad()
+    def encode_image(self, image) -> torch.Tensor:
+        """
+        The snippets of images: `pooler_output` of `image_encoder` on what `image_processor` makes of them.
+
+        Args:
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
+                What the image processor takes. A transparent PIL image is laid on white, as in training.
+
+        Returns:
+            `torch.Tensor` of shape `(n, memory_dim)`, in float32.
+
+        Raises:
+            ValueError: if the pipeline has no image encoder, or `image` is something else or an empty list.
+        """
+        if self.image_encoder is None or self.image_processor is None:
+            raise ValueError(
+                "`image` needs a pipeline with an `image_encoder` and an `image_processor`; this one has none. Pass "
+                "them to `from_pretrained`, or pass snippets as `memory`."
+            )
+        images = image if isinstance(image, (list, tuple)) else [image]
+        wrong = [item for item in images if not isinstance(item, (PIL.Image.Image, np.ndarray, torch.Tensor))]
+        if wrong or len(images) == 0:
+            raise ValueError(f"`image` must be a PIL image, an array or a tensor, or a list of them, got {image!r}.")
+        images = [to_rgb(item) if isinstance(item, PIL.Image.Image) else item for item in images]
+        pixel_values = self.image_processor(images=images, return_tensors="pt").pixel_values
+        pixel_values = pixel_values.to(device=self._execution_device, dtype=self.image_encoder.dtype)
+        return self.image_encoder(pixel_values).pooler_output.float()
+
+    def check_inputs(
+        self,
+        memory,
+        memory_indices,
+        class_labels,
+        image,
+        num_images,
+        num_images_per_memory,
+        num_inference_steps,
+        guidance_scale,
+        guidance_interval,
+        generator,
+        output_type,
+        callback_on_step_end_tensor_inputs,
+    ) -> None:
+        if self.transformer.training:
+            raise ValueError(
+                "The transformer is in train mode, in which memory dropout acts: call `pipe.transformer.eval()` first."
+            )
+        config = self.scheduler.config
+        if not isinstance(
+            self.scheduler, (GMemFlowMatchScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+        ) and not (config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"):
+            raise ValueError(
+                f"{type(self.scheduler).__name__}, as configured, does not sample flow-matching models. Use GMemFlowMatchScheduler, "
+                "FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler, or UniPC or DPM++ made by "
+                "`from_config(pipe.scheduler.config, use_flow_sigmas=True)` of one of these."
+            )
+
+        sources = {
+            "memory": memory,
+            "memory_indices": memory_indices,
+            "class_labels": class_labels,
+            "image": image,
+        }
+        given = [name for name, value in sources.items() if value is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"Only one of `memory`, `memory_indices`, `class_labels` and `image` can say what to generate, got "
+                f"{' and '.join(f'`{name}`' for name in given)}."
+            )
+        for name, value in {
+            "num_images": num_images,
+            "num_images_per_memory": num_images_per_memory,
+            "num_inference_steps": num_inference_steps,
+        }.items():
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if given and num_images != 1:
+            raise ValueError(
+                f"`num_images` is the number of draws from the bank and does not go with `{given[0]}` "
+                f"(got {num_images}); for several images of each snippet use `num_images_per_memory`."
+            )
+        if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+            raise ValueError(f"`guidance_scale` must be a finite number, got {guidance_scale!r}.")
+        if (
+            not isinstance(guidance_interval, (tuple, list))
+            or len(guidance_interval) != 2
+            or not all(isinstance(bound, Real) for bound in guidance_interval)
+            or not 0.0 <= guidance_interval[0] <= guidance_interval[1] <= 1.0
+        ):
+            raise ValueError(
+                "`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, in the paper's time (0 is noise, "
+                f"1 is data), got {guidance_interval!r}."
+            )
+        generators = generator if isinstance(generator, list) else [generator]
+        if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
+            raise ValueError(f"`generator` must be a torch.Generator or a list of one per image, got {generator!r}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', got {output_type!r}.")
+        if not isinstance(callback_on_step_end_tensor_inputs, (tuple, list)) or not all(
+            name in self._callback_tensor_inputs for name in callback_on_step_end_tensor_inputs
+        ):
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` must be a list of some of {self._callback_tensor_inputs}, got "
+                f"{callback_on_step_end_tensor_inputs!r}."
+            )
+
+    def prepare_memory(
+        self,
+        memory: torch.Tensor | None,
+        memory_indices: int | Sequence[int] | np.ndarray | torch.Tensor | None,
+        class_labels: int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None,
+        image,
+        num_images: int,
+        num_images_per_memory: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
+    ) -> tuple[torch.Tensor, list[int] | None]:
+        """The snippets, one row per image, of shape `(batch_size, memory_dim)`, and their rows in the bank."""
+        indices = None
+        if image is not None:
+            memory = self.encode_image(image)
+        elif memory is not None:
+            memory = _as_rows("memory", memory)
+        else:
+            bank = self.load_memory_bank()
+            if bank is None:
+                raise ValueError(
+                    "This pipeline has no memory bank: pass snippets as `memory` (or an `image`), or load the pipeline "
+                    "with `memory_bank=GMemMemoryBank.from_pretrained(...)`."
+                )
+            if memory_indices is not None:
+                indices = _as_list("memory_indices", memory_indices, Integral)
+                wrong = [index for index in indices if not 0 <= index < len(bank)]
+                if wrong:
+                    raise ValueError(f"`memory_indices` must be in 0..{len(bank) - 1} for this bank, got {wrong}.")
+            else:
+                if class_labels is None:
+                    wanted = [None] * num_images
+                else:
+                    wanted = _as_list("class_labels", class_labels, Integral | str)
+                indices = self._draw_indices(bank, wanted, num_images_per_memory, generator)
+            memory = bank[indices]
+
+        if memory.shape[-1] != self.transformer.config.memory_dim:
+            raise ValueError(
+                f"The transformer takes snippets of dimension {self.transformer.config.memory_dim} (`memory_dim`), got "
+                f"dimension {memory.shape[-1]}."
+            )
+        if len(memory) == 0:
+            raise ValueError(f"`memory` must have at least one row, got shape {tuple(memory.shape)}.")
+        memory = memory.to(device=device, dtype=torch.float32)
+        if not memory.isfinite().all():
+            raise ValueError("The snippets hold NaN or infinity.")
+        memory = memory.repeat_interleave(num_images_per_memory, dim=0)
+        if indices is not None:
+            indices = [index for index in indices for _ in range(num_images_per_memory)]
+        return memory, indices
+
+    def _draw_indices(
+        self,
+        bank: GMemMemoryBank,
+        wanted: list[int | str | None],
+        num_images_per_memory: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> list[int]:
+        """One row of the bank for each wanted label (`None`: any), drawn by the generator of its first image."""
+        if isinstance(generator, list):
+            _check_generators(generator, len(wanted) * num_images_per_memory)
+            generators = generator[::num_images_per_memory]
+        else:
+            generators = [generator] * len(wanted)
+        return [
+            bank.sample(1, generator=row_generator, class_labels=label)[1].item()
+            for label, row_generator in zip(wanted, generators, strict=True)
+        ]
+
+    def prepare_latents(
+        self,
+        batch_size: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        device: torch.device,
+        latents: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The initial noise of shape `(batch_size, in_channels, sample_size, sample_size)`, in float32."""
+        config = self.transformer.config
+        shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
+        if isinstance(generator, list):
+            _check_generators(generator, batch_size)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        elif not isinstance(latents, torch.Tensor) or latents.shape != shape:
+            raise ValueError(
+                f"`latents` must be a tensor of shape {shape} (standard normal noise), got {_describe(latents)}."
+            )
+        return latents.to(device=device, dtype=torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    @torch.no_grad()
+    @replace_example_docstring(EXAMPLE_DOC_STRING)
+    def __call__(
+        self,
+        memory: torch.Tensor | None = None,
+        memory_indices: int | Sequence[int] | np.ndarray | torch.Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None = None,
+        image: PIL.Image.Image | np.ndarray | torch.Tensor | list | None = None,
+        num_images: int = 1,
+        num_images_per_memory: int = 1,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        negative_memory: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[["GMemPipeline", int, torch.Tensor, dict], dict] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        attention_kwargs: dict[str, Any] | None = None,
+    ) -> GMemPipelineOutput | tuple:
+        r"""
+        Generates images: of the given snippets, or of snippets drawn from the bank.
+
+        Args:
+            memory (`torch.Tensor` of shape `(n, memory_dim)` or `(memory_dim,)`, *optional*):
+                Snippets, of any length (the transformer normalises them).
+            memory_indices (`int`, or a sequence, array or 1-D tensor of `int`, *optional*):
+                Rows of the bank, 0 to `len(bank) - 1`.
+            class_labels (`int`, `str`, or a sequence, array or 1-D tensor of them, *optional*):
+                One row of the bank is drawn for each label (a number, or a name of the bank's `id2label`).
+            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                Images, whose snippets the image encoder makes (see `encode_image`).
+            num_images (`int`, defaults to 1):
+                Number of snippets drawn from the bank, uniformly and with replacement, when none of the above is given.
+            num_images_per_memory (`int`, defaults to 1):
+                Images of each snippet.
+            num_inference_steps (`int`, defaults to 50):
+                Number of steps, the last one included. The scheduler says how many model evaluations a step takes.
+            guidance_scale (`float`, defaults to 1.0):
+                `unconditional + scale * (conditional - unconditional)`; 1 is no guidance and costs nothing.
+            guidance_interval (`tuple[float, float]`, defaults to `(0.0, 1.0)`):
+                Closed interval of the paper's time t (0 is noise, 1 is data) in which guidance acts. Outside, the
+                output is the conditional one and the unconditional branch is not computed.
+            negative_memory (`torch.Tensor` of shape `(memory_dim,)`, `(1, memory_dim)` or `(batch_size, memory_dim)`, *optional*):
+                What guidance steers away from, instead of the null memory. Without guidance it has no effect.
+            generator (`torch.Generator` or a list of one per image, *optional*):
+                Draws the snippets, the initial noise and the scheduler's noise. With a list, image k depends on
+                generator k alone, whatever the batch (a snippet of several images is drawn by the first one's).
+            latents (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`, *optional*):
+                Standard normal noise to start from, instead of drawing it. The scheduler's `init_noise_sigma` scales it.
+            output_type (`str`, defaults to `"pil"`):
+                `"pil"`, `"np"`, `"pt"` or `"latent"`, see [`GMemPipelineOutput`].
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`GMemPipelineOutput`] or a tuple `(images, memory_indices)`.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after every model evaluation as `callback(pipe, index, timestep, callback_kwargs)`; returns a
+                dict, whose tensors replace the pipeline's. It may set `pipe._interrupt = True` to end the run.
+            callback_on_step_end_tensor_inputs (sequence of `str`, defaults to `("latents",)`):
+                Which tensors the callback gets: "latents", "memory".
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": float}` is the LoRA scale.
+
+        Examples:
+
+        Returns:
+            [`GMemPipelineOutput`] or `tuple`.
+
+        Raises:
+            ValueError: for any argument outside what is said above, and where a bank or an image encoder is needed
+                and the pipeline has none.
+        """
+        # 1. Check inputs
+        self.check_inputs(
+            memory,
+            memory_indices,
+            class_labels,
+            image,
+            num_images,
+            num_images_per_memory,
+            num_inference_steps,
+            guidance_scale,
+            guidance_interval,
+            generator,
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        self._guidance_scale = guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+        device = self._execution_device
+
+        # 2. Snippets
+        memory, memory_indices = self.prepare_memory(
+            memory, memory_indices, class_labels, image, num_images, num_images_per_memory, generator, device
+        )
+        batch_size = memory.shape[0]
+        if negative_memory is None:
+            negative_memory = torch.zeros_like(memory)
+        else:
+            if guidance_scale == 1.0:
+                logger.warning("`negative_memory` has no effect: `guidance_scale` is 1, which is no guidance.")
+            negative_memory = _as_rows("negative_memory", negative_memory).to(memory)
+            if tuple(negative_memory.shape) not in ((1, memory.shape[1]), tuple(memory.shape)):
+                raise ValueError(
+                    f"`negative_memory` must have shape {(1, memory.shape[1])} or {tuple(memory.shape)}, got "
+                    f"{tuple(negative_memory.shape)}."
+                )
+            if not negative_memory.isfinite().all():
+                raise ValueError("`negative_memory` holds NaN or infinity.")
+            negative_memory = negative_memory.expand_as(memory)
+
+        # 3. Timesteps. diffusers' flow-matching Euler wants the sigmas from outside; its own grid ends with a step of
+        # 1 / num_train_timesteps.
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            sigmas = np.linspace(1.0, 1 / num_inference_steps, num_inference_steps)
+            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_begin_index(0)
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        # The paper's time, from the sigmas: some schedulers round their timesteps to integers
+        times = (1.0 - self.scheduler.sigmas[: len(timesteps)].cpu().double()).tolist()
+
+        # 4. Initial noise, after the timesteps, on which its standard deviation depends
+        latents = self.prepare_latents(batch_size, generator, device, latents)
+
+        step_kwargs = {}
+        if "generator" in inspect.signature(self.scheduler.step).parameters:
+            step_kwargs["generator"] = generator
+
+        # 5. Denoising loop
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, (timestep, time) in enumerate(zip(timesteps, times, strict=True)):
+                if self.interrupt:
+                    continue
+                self._current_timestep = timestep
+
+                # float32 rounding moves a grid time off the border by up to 1e-7
+                guided = guidance_scale != 1.0 and guidance_interval[0] - 1e-6 <= time <= guidance_interval[1] + 1e-6
+                model_input = torch.cat([latents, latents]) if guided else latents
+                model_memory = torch.cat([memory, negative_memory]) if guided else memory
+                with self.transformer.cache_context("guided" if guided else "cond"):
+                    velocity = self.transformer(
+                        hidden_states=model_input.to(self.transformer.dtype),
+                        timestep=torch.full((len(model_input),), time, dtype=torch.float32, device=device),
+                        memory=model_memory,
+                        attention_kwargs=attention_kwargs,
+                        return_dict=False,
+                    )[0].float()
+                if guided:
+                    velocity, unconditional = velocity.chunk(2)
+                    velocity = unconditional + guidance_scale * (velocity - unconditional)
+
+                # Ours is data minus noise, diffusers' noise minus data
+                latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **step_kwargs)[0]
+
+                if callback_on_step_end is not None:
+                    tensors = {"latents": latents, "memory": memory}
+                    callback_kwargs = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                    callback_outputs = callback_on_step_end(self, i, timestep, callback_kwargs)
+                    if not isinstance(callback_outputs, dict):
+                        raise ValueError(
+                            "`callback_on_step_end` must return a dict of the tensors to replace, which may be empty, "
+                            f"got {callback_outputs!r}."
+                        )
+                    latents = callback_outputs.pop("latents", latents)
+                    memory = callback_outputs.pop("memory", memory)
+
+                progress_bar.update()
+        self._current_timestep = None
+
+        # 6. Decode
+        if output_type == "latent":
+            images = latents
+        else:
+            if self.vae is not None:
+                latents = denormalize_latents(latents, self.vae.config)
+                latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+            images = self.vae_image_processor.postprocess(latents, output_type=output_type)
+
+        self.maybe_free_model_hooks()
+
+        if not return_dict:
+            return (images, memory_indices)
+        return GMemPipelineOutput(images=images, memory_indices=memory_indices)
+
+
+def _describe(value) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def _as_rows(name: str, snippets: torch.Tensor) -> torch.Tensor:
+    if not isinstance(snippets, torch.Tensor) or snippets.ndim not in (1, 2):
+        raise ValueError(
+            f"`{name}` must be a tensor of shape (n, memory_dim) or (memory_dim,), got {_describe(snippets)}."
+        )
+    return torch.atleast_2d(snippets)
+
+
+def _as_list(name: str, values, accepted: type) -> list:
+    """The argument `name`, one value or a sequence of them, as a list of Python integers and strings."""
+    items = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
+    items = items if isinstance(items, Sequence) and not isinstance(items, str) else [items]
+    if len(items) == 0 or not all(isinstance(item, accepted) and not isinstance(item, bool) for item in items):
+        what = "an integer" if accepted is Integral else "an integer, a name"
+        raise ValueError(f"`{name}` must be {what} or a sequence of at least one of them, got {values!r}.")
+    return [item if isinstance(item, str) else int(item) for item in items]
+
+
+def _check_generators(generators: list[torch.Generator], batch_size: int) -> None:
+    if len(generators) != batch_size:
+        raise ValueError(f"A list of generators must have one per image, {batch_size}; got {len(generators)}.")
