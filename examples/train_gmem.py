@@ -1,0 +1,647 @@
+# Copyright 2026 The diffusers_gmem authors.
+# SPDX-License-Identifier: Apache-2.0
+
+"""
+Trains a GMem on a folder of images, or a `datasets` data set, and saves a complete pipeline.
+
+    accelerate launch examples/train_gmem.py --train_data_dir my_images --resolution 256 \
+        --image_encoder facebook/dinov2-base --vae stabilityai/sd-vae-ft-ema --model_config examples/configs/my.json \
+        --mixed_precision bf16 --output_dir gmem-mine
+
+On a CPU, in pixel space: see the `quickstart` target of the Makefile.
+
+The images are encoded once into a memory bank (`output_dir/bank`). Every image then trains with its own snippet as the
+condition, with the loss of the paper (arXiv 2412.08781). The same command with `--resume_from_checkpoint latest` goes on
+from the last checkpoint. At the end, `GMemPipeline.from_pretrained(output_dir)` loads the result.
+"""
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import AutoencoderKL
+from diffusers.optimization import SchedulerType, get_scheduler
+from diffusers.training_utils import EMAModel
+from diffusers.utils import make_image_grid
+from tqdm.auto import tqdm
+
+from diffusers_gmem import (
+    GMemFlowMatchScheduler,
+    GMemImageEncoder,
+    GMemMemoryBank,
+    GMemPipeline,
+    GMemTransformer2DModel,
+)
+from diffusers_gmem.data import ImageSource, center_crop, compute_snippets, load_image_encoder
+from diffusers_gmem.models.latent_normalization import normalize_latents
+from diffusers_gmem.training import GMemTrainingDataset, TrainingBatchSampler, flow_matching_loss
+
+
+logger = get_logger(__name__)
+
+EMA_FOLDER = "transformer_ema"
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train a GMem: a memory-conditioned image generator.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--train_data_dir", type=str, help="Folder of images, with or without a sub-folder per class.")
+    data.add_argument("--dataset_name", type=str, help="Data set on the Hub or on disk, for `datasets.load_dataset`.")
+    data.add_argument("--dataset_config_name", type=str, help="Configuration of the data set.")
+    data.add_argument("--split", type=str, default="train", help="Split of the data set.")
+    data.add_argument("--image_column", type=str, default="image", help="Column of the images.")
+    data.add_argument(
+        "--label_column", type=str, default="label", help="Column of the class labels, if there are any."
+    )
+    data.add_argument("--cache_dir", type=str, help="Where `datasets` and the encoders keep their files.")
+    data.add_argument("--resolution", type=int, default=256, help="Side of the square training images, in pixels.")
+    data.add_argument(
+        "--random_flip", action="store_true", help="Mirror half of the images, snippet and picture together."
+    )
+    data.add_argument(
+        "--cache_images", action="store_true", help="Keep the cropped images in memory: for data that fits."
+    )
+    data.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read images.")
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--image_encoder",
+        type=str,
+        default="facebook/dinov2-base",
+        help="Vision model of transformers, by name or folder, whose `pooler_output` is an image's snippet; or the built-in "
+        "'efficientnet-lite0', which needs no download.",
+    )
+    model.add_argument("--image_encoder_revision", type=str, help="Its revision.")
+    model.add_argument(
+        "--snippet_dim",
+        type=int,
+        help="Project the encoder's features on this many principal components of the training images, see "
+        "GMemImageEncoder. For small data and short runs. Default: the snippet is the `pooler_output` itself.",
+    )
+    model.add_argument(
+        "--snippet_layers",
+        type=int,
+        nargs="+",
+        default=[],
+        help="With --snippet_dim: hidden states of the encoder that take part, averaged over a 2 x 2 grid.",
+    )
+    model.add_argument(
+        "--snippet_whitening",
+        type=float,
+        default=0.5,
+        help="With --snippet_dim: 0 keeps the variances of the components, 1 makes them equal.",
+    )
+    model.add_argument(
+        "--vae", type=str, help="AutoencoderKL by name or folder. Without one, the model works on pixels."
+    )
+    model.add_argument("--vae_revision", type=str, help="Its revision.")
+    model.add_argument(
+        "--model_config",
+        type=str,
+        help="JSON file with arguments of GMemTransformer2DModel. Sample size, channels and memory dimension follow from "
+        "the data. Without one, it is LightningDiT-XL/1.",
+    )
+    model.add_argument(
+        "--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, more time."
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--output_dir", type=str, default="gmem-model", help="Where everything is written.")
+    training.add_argument("--seed", type=int, default=0, help="Seed of the initial weights, the order and all draws.")
+    training.add_argument("--train_batch_size", type=int, default=16, help="Images per device and micro-batch.")
+    training.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="Micro-batches per optimizer step."
+    )
+    training.add_argument("--num_train_epochs", type=int, default=100, help="Passes through the data.")
+    training.add_argument("--max_train_steps", type=int, help="Optimizer steps; overrides --num_train_epochs.")
+    training.add_argument("--learning_rate", type=float, default=2e-4, help="The paper's, for a batch of 1024.")
+    training.add_argument(
+        "--lr_scheduler",
+        type=str,
+        default="constant",
+        choices=[kind.value for kind in SchedulerType],
+        help="Schedule.",
+    )
+    training.add_argument("--lr_warmup_steps", type=int, default=0, help="Optimizer steps of linear warm-up.")
+    training.add_argument("--adam_beta1", type=float, default=0.9, help="AdamW's beta1.")
+    training.add_argument("--adam_beta2", type=float, default=0.95, help="AdamW's beta2.")
+    training.add_argument("--adam_weight_decay", type=float, default=0.0, help="AdamW's weight decay.")
+    training.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon.")
+    training.add_argument("--max_grad_norm", type=float, default=1.0, help="Norm to which gradients are clipped.")
+    training.add_argument(
+        "--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="Default: accelerate's configuration."
+    )
+    training.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on an NVIDIA GPU.")
+
+    objective = parser.add_argument_group("objective")
+    objective.add_argument(
+        "--memory_drop_prob",
+        type=float,
+        default=0.0,
+        help="Probability with which a snippet becomes the null memory, beside the model's element-wise "
+        "`memory_dropout`: without it, the null memory that guidance steers away from is never trained.",
+    )
+    objective.add_argument("--cosine_weight", type=float, default=1.0, help="Weight of the cosine term.")
+    objective.add_argument(
+        "--alignment",
+        type=str,
+        default="none",
+        choices=["none", "online"],
+        help="online: the tokens after block `alignment_layer` predict the encoder's patch features (REPA).",
+    )
+    objective.add_argument("--alignment_weight", type=float, default=0.5, help="Weight of the alignment term.")
+    objective.add_argument("--timestep_mean", type=float, default=0.0, help="Mean of the logit-normal times.")
+    objective.add_argument("--timestep_std", type=float, default=1.0, help="Standard deviation of the same.")
+
+    ema = parser.add_argument_group("moving average of the weights")
+    ema.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, default=True, help="Keep one, and save it as the pipeline."
+    )
+    ema.add_argument("--ema_decay", type=float, default=0.9999, help="Its decay.")
+    ema.add_argument(
+        "--ema_warmup",
+        type=str,
+        default="ratio",
+        choices=["ratio", "none"],
+        help="ratio: the decay after n steps is at most (1 + n) / (10 + n). none: constant, as in the public reference.",
+    )
+
+    saving = parser.add_argument_group("checkpoints, validation, logs")
+    saving.add_argument("--checkpointing_steps", type=int, default=5000, help="Steps between checkpoints.")
+    saving.add_argument("--checkpoints_total_limit", type=int, help="How many checkpoints to keep; the newest stay.")
+    saving.add_argument(
+        "--resume_from_checkpoint", type=str, help="Folder of a checkpoint, or 'latest' for the newest in output_dir."
+    )
+    saving.add_argument(
+        "--validation_steps", type=int, help="Steps between validation grids. Default: only at the end."
+    )
+    saving.add_argument("--num_validation_images", type=int, default=8, help="Images in a validation grid.")
+    saving.add_argument("--validation_inference_steps", type=int, default=50, help="Sampling steps for it.")
+    saving.add_argument("--logging_steps", type=int, default=50, help="Steps between lines in the log.")
+    saving.add_argument("--logging_dir", type=str, default="logs", help="Folder of tracker files in output_dir.")
+    saving.add_argument(
+        "--report_to", type=str, default="none", help="Tracker: tensorboard, wandb, trackio, ..., all or none."
+    )
+
+    args = parser.parse_args(input_args)
+    if (args.train_data_dir is None) == (args.dataset_name is None):
+        parser.error("give either --train_data_dir or --dataset_name.")
+    for name in (
+        "resolution",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "num_train_epochs",
+        "max_train_steps",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "validation_steps",
+        "num_validation_images",
+        "validation_inference_steps",
+        "logging_steps",
+        "snippet_dim",
+    ):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}.")
+    for name in ("memory_drop_prob", "ema_decay"):
+        if not 0.0 <= getattr(args, name) <= 1.0:
+            parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}.")
+    return args
+
+
+def prepare_encoder_and_banks(
+    args: argparse.Namespace, accelerator: Accelerator, source: ImageSource
+) -> tuple[torch.nn.Module, Any, GMemMemoryBank, GMemMemoryBank | None]:
+    """
+    The image encoder, its processor, the bank of the training images in `output_dir/bank` and, with --random_flip, that of
+    the mirrored ones. A run that resumes opens what the interrupted one wrote.
+    """
+    encoder_folder = Path(args.output_dir, "image_encoder")
+    folders = {False: Path(args.output_dir, "bank")}
+    if args.random_flip:
+        folders[True] = Path(args.output_dir, "cache", "flipped_bank")
+
+    encoder, processor = load_image_encoder(
+        args.image_encoder, revision=args.image_encoder_revision, cache_dir=args.cache_dir
+    )
+    preprocessing = processor.to_dict()
+    if args.snippet_dim is not None:
+        encoder = GMemImageEncoder.from_backbone(encoder, args.snippet_layers)
+        preprocessing["snippet"] = {
+            "dim": args.snippet_dim,
+            "hidden_layers": args.snippet_layers,
+            "whitening": args.snippet_whitening,
+        }
+
+    resuming = args.resume_from_checkpoint is not None
+    if accelerator.is_main_process and not (
+        resuming and all((folder / "config.json").is_file() for folder in folders.values())
+    ):
+        for flip, folder in folders.items():
+            snippets = compute_snippets(
+                source, encoder, processor, args.train_batch_size, accelerator.device, flip=flip
+            )
+            if args.snippet_dim is not None and not flip:
+                encoder.fit_projection(snippets, args.snippet_dim, args.snippet_whitening)
+                encoder.save_pretrained(encoder_folder)
+                snippets = encoder.project(snippets.to(encoder.device)).cpu()
+            GMemMemoryBank(
+                snippets,
+                labels=source.labels,
+                id2label=source.id2label,
+                metadata={"image": [source.image_name(index) for index in range(len(source))]},
+                encoder=args.image_encoder,
+                encoder_revision=args.image_encoder_revision,
+                preprocessing=preprocessing,
+                source_dataset=source.name,
+            ).save_pretrained(folder)
+    accelerator.wait_for_everyone()
+
+    if args.snippet_dim is not None:
+        encoder = GMemImageEncoder.from_pretrained(encoder_folder)
+    encoder.requires_grad_(False)
+    banks = {flip: GMemMemoryBank.from_pretrained(folder) for flip, folder in folders.items()}
+    for flip, bank in banks.items():
+        if len(bank) != len(source) or bank.preprocessing != json.loads(json.dumps(preprocessing)):
+            raise ValueError(
+                f"The bank in {folders[flip]} ({len(bank)} rows) is not that of these {len(source)} images and this encoder. "
+                "Start without --resume_from_checkpoint to build it anew."
+            )
+    return encoder, processor, banks[False], banks.get(True)
+
+
+def build_transformer(
+    args: argparse.Namespace, latent_shape: tuple[int, int, int], memory_dim: int, alignment_encoder: torch.nn.Module
+) -> GMemTransformer2DModel:
+    config = json.loads(Path(args.model_config).read_text()) if args.model_config is not None else {}
+    config |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1], "memory_dim": memory_dim}
+    if args.alignment == "none":
+        config["alignment_layer"] = None
+    else:
+        config["alignment_dim"] = alignment_encoder.config.hidden_size
+    return GMemTransformer2DModel(**config)
+
+
+def compute_alignment_features(
+    encoder: torch.nn.Module, processor, images: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
+    """The encoder's patch features of images in [-1, 1], on the transformer's grid: `(batch_size, num_tokens, dim)`."""
+    pictures = list((images * 0.5 + 0.5).clamp(0, 1).cpu().unbind())
+    pixel_values = processor(images=pictures, return_tensors="pt", do_rescale=False).pixel_values
+    features = encoder(pixel_values.to(encoder.device, encoder.dtype)).last_hidden_state.float()
+    # A vision transformer's sequence starts with tokens that stand for no patch
+    side = math.isqrt(features.shape[1])
+    features = features[:, features.shape[1] - side * side :].transpose(1, 2).unflatten(-1, (side, side))
+    grid_size = math.isqrt(num_tokens)
+    if grid_size != side:
+        features = torch.nn.functional.interpolate(features, size=(grid_size, grid_size), mode="bilinear")
+    return features.flatten(2).transpose(1, 2)
+
+
+def log_validation(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: GMemPipeline,
+    source: ImageSource,
+    step: int,
+) -> None:
+    """Writes a row of training images above a row generated from their snippets, with fixed memories and noise."""
+    num_images = min(args.num_validation_images, len(source))
+    indices = [round(k * (len(source) - 1) / max(num_images - 1, 1)) for k in range(num_images)]
+    generators = [torch.Generator().manual_seed(args.seed + k) for k in range(num_images)]
+    pipeline.set_progress_bar_config(disable=True)
+    generated = pipeline(
+        memory_indices=indices, generator=generators, num_inference_steps=args.validation_inference_steps
+    ).images
+    originals = [center_crop(source[index], args.resolution) for index in indices]
+    grid = make_image_grid(originals + generated, rows=2, cols=num_images)
+    folder = Path(args.output_dir, "samples")
+    folder.mkdir(exist_ok=True)
+    grid.save(folder / f"step-{step:07d}.png")
+    logger.info(f"Validation: {folder / f'step-{step:07d}.png'}")
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.array(grid)[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            import wandb
+
+            tracker.log({"validation": wandb.Image(grid)}, step=step)
+
+
+def checkpoint_steps(output_dir: str) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    names = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")]
+    return sorted(int(name[1]) for name in names if name)
+
+
+@contextlib.contextmanager
+def averaged_weights(transformer: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
+    """Inside, the transformer has the moving average of its weights, if one is kept."""
+    if ema is None:
+        yield
+        return
+    ema.store(transformer.parameters())
+    ema.copy_to(transformer.parameters())
+    try:
+        yield
+    finally:
+        ema.restore(transformer.parameters())
+
+
+def save_checkpoint(
+    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, ema: EMAModel | None, step: int
+) -> None:
+    """A folder checkpoint-<step>: accelerate's state and the moving average, under its name only when complete."""
+    folder = Path(args.output_dir, f"checkpoint-{step}")
+    temporary = folder.with_name(folder.name + ".tmp")
+    accelerator.save_state(temporary)
+    if accelerator.is_main_process:
+        if ema is not None:
+            with averaged_weights(transformer, ema):
+                accelerator.unwrap_model(transformer).save_pretrained(temporary / EMA_FOLDER)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        if args.checkpoints_total_limit is not None:
+            for old_step in checkpoint_steps(args.output_dir)[: -args.checkpoints_total_limit]:
+                shutil.rmtree(Path(args.output_dir, f"checkpoint-{old_step}"))
+    logger.info(f"Saved {folder}")
+
+
+def resume(args: argparse.Namespace, accelerator: Accelerator, ema: EMAModel | None) -> int:
+    """Loads the checkpoint asked for, if there is one, and returns the number of steps done."""
+    if args.resume_from_checkpoint is None:
+        return 0
+    if args.resume_from_checkpoint == "latest":
+        steps = checkpoint_steps(args.output_dir)
+        if not steps:
+            logger.warning(f"There is no checkpoint in {args.output_dir}: starting from the beginning.")
+            return 0
+        folder = Path(args.output_dir, f"checkpoint-{steps[-1]}")
+    else:
+        folder = Path(args.resume_from_checkpoint)
+        if not folder.is_dir() or not re.fullmatch(r"checkpoint-\d+", folder.name):
+            raise ValueError(f"--resume_from_checkpoint must be 'latest' or a folder checkpoint-<step>, got {folder}.")
+    step = int(folder.name.removeprefix("checkpoint-"))
+    accelerator.load_state(folder)
+    if ema is not None:
+        averaged = GMemTransformer2DModel.from_pretrained(folder / EMA_FOLDER)
+        ema.shadow_params = [parameter.detach() for parameter in averaged.parameters()]
+        ema.optimization_step = step
+    logger.info(f"Resuming from {folder}")
+    return step
+
+
+def main(args: argparse.Namespace) -> None:
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
+        ),
+    )
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    for name in ("accelerate.accelerator", "accelerate.checkpointing", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    if not accelerator.is_local_main_process:
+        diffusers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.set_verbosity_error()
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    set_seed(args.seed)
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+
+    # 1. Images, their snippets, and what the transformer sees of them
+    with accelerator.main_process_first():
+        source = ImageSource(
+            args.train_data_dir,
+            args.dataset_name,
+            args.dataset_config_name,
+            args.split,
+            args.image_column,
+            args.label_column,
+            args.cache_dir,
+        )
+        vae = None
+        if args.vae is not None:
+            vae = AutoencoderKL.from_pretrained(args.vae, revision=args.vae_revision, cache_dir=args.cache_dir)
+            vae.requires_grad_(False).to(accelerator.device)
+    encoder, processor, memory_bank, flipped_memory_bank = prepare_encoder_and_banks(args, accelerator, source)
+    encoder.to(accelerator.device)
+    alignment_encoder = encoder.backbone if isinstance(encoder, GMemImageEncoder) else encoder
+
+    latent_shape = (3, args.resolution, args.resolution)
+    if vae is not None:
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        if args.resolution % factor != 0:
+            raise ValueError(f"--resolution must be a multiple of the VAE's factor {factor}, got {args.resolution}.")
+        latent_shape = (vae.config.latent_channels, args.resolution // factor, args.resolution // factor)
+
+    # 2. Model, optimizer, moving average
+    transformer = build_transformer(args, latent_shape, memory_bank.dim, alignment_encoder)
+    transformer.train()
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(
+        transformer.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+    global_batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    if args.max_train_steps is None:
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(source) / global_batch_size)
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=args.max_train_steps,
+    )
+    ema = None
+    if args.ema:
+        ema = EMAModel(
+            transformer.parameters(),
+            decay=args.ema_decay,
+            min_decay=args.ema_decay if args.ema_warmup == "none" else 0.0,
+            update_after_step=-1 if args.ema_warmup == "none" else 0,
+            foreach=True,
+        )
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
+    first_step = resume(args, accelerator, ema)
+    lr_scheduler.last_epoch = first_step  # the rate itself comes back with the optimizer
+    if ema is not None:
+        ema.to(accelerator.device)
+
+    # 3. Order of the samples
+    dataset = GMemTrainingDataset(
+        source,
+        memory_bank,
+        args.resolution,
+        latent_shape,
+        args.seed,
+        memory_dropout=accelerator.unwrap_model(transformer).config.memory_dropout,
+        memory_drop_prob=args.memory_drop_prob,
+        timestep_mean=args.timestep_mean,
+        timestep_std=args.timestep_std,
+        flipped_memory_bank=flipped_memory_bank,
+        cache_images=args.cache_images,
+    )
+    batch_sampler = TrainingBatchSampler(
+        len(source),
+        args.train_batch_size,
+        args.seed,
+        first_step,
+        args.max_train_steps,
+        args.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
+    )
+    # Not given to `accelerator.prepare`: the sampler already says which process takes what
+    dataloader = torch.utils.data.DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+    num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    logger.info(
+        f"A transformer of {num_parameters / 1e6:.1f} million parameters, {memory_bank}.\n"
+        f"  Global batch: {global_batch_size} images = {args.train_batch_size} per device x {accelerator.num_processes} "
+        f"processes x {args.gradient_accumulation_steps} accumulation steps.\n"
+        f"  {args.max_train_steps} optimizer steps = {args.max_train_steps * global_batch_size / len(source):.1f} epochs "
+        f"of {len(source)} images; {first_step} steps done."
+    )
+    if args.report_to != "none":
+        # TensorBoard takes no lists
+        config = {name: str(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+        accelerator.init_trackers("gmem", config=config)
+
+    def make_pipeline() -> GMemPipeline:
+        return GMemPipeline(
+            accelerator.unwrap_model(transformer),
+            GMemFlowMatchScheduler(),
+            vae=vae,
+            memory_bank=memory_bank,
+            image_encoder=encoder,
+            image_processor=processor,
+        )
+
+    def validate(step: int) -> None:
+        if accelerator.is_main_process:
+            with averaged_weights(transformer, ema):
+                log_validation(args, accelerator, make_pipeline(), source, step)
+            transformer.train()
+
+    # 4. Training
+    step = first_step
+    progress_bar = tqdm(
+        total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
+    )
+    sums: dict[str, torch.Tensor] = {}
+    num_batches = 0
+    start_time = time.perf_counter()
+    for batch in dataloader:
+        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
+        latents = batch["pixel_values"]
+        if vae is not None:
+            with torch.no_grad():
+                posterior = vae.encode(latents).latent_dist
+                latents = normalize_latents(posterior.mean + posterior.std * batch["posterior_noise"], vae.config)
+        alignment_features = None
+        if args.alignment == "online":
+            with torch.no_grad():
+                num_tokens = (latent_shape[1] // accelerator.unwrap_model(transformer).config.patch_size) ** 2
+                alignment_features = compute_alignment_features(
+                    alignment_encoder, processor, batch["pixel_values"], num_tokens
+                )
+
+        with accelerator.accumulate(transformer):
+            terms = flow_matching_loss(
+                transformer,
+                latents,
+                batch["memory"],
+                batch["noise"],
+                batch["timestep"],
+                alignment_features,
+                cosine_weight=args.cosine_weight,
+                alignment_weight=args.alignment_weight,
+                memory_dropout_mask=batch["memory_dropout_mask"],
+            )
+            accelerator.backward(terms["loss"])
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, term in terms.items():
+            sums[name] = sums.get(name, 0.0) + term.detach().mean()
+        num_batches += 1
+        if not accelerator.sync_gradients:
+            continue
+
+        lr_scheduler.step()
+        if ema is not None:
+            ema.step(transformer.parameters())
+        step += 1
+        progress_bar.update()
+
+        last_step = step == args.max_train_steps
+        if step % args.logging_steps == 0 or last_step:
+            logs = {name: accelerator.reduce(total / num_batches, "mean").item() for name, total in sums.items()}
+            if not math.isfinite(logs["loss"]):
+                raise RuntimeError(
+                    f"The loss is {logs['loss']} within the {args.logging_steps} steps before step {step}. Resume from a "
+                    "checkpoint with a lower --learning_rate, or without --mixed_precision fp16."
+                )
+            images = num_batches * args.train_batch_size * accelerator.num_processes
+            logs |= {
+                "lr": lr_scheduler.get_last_lr()[0],
+                "grad_norm": float(grad_norm),
+                "images_per_second": images / (time.perf_counter() - start_time),
+            }
+            accelerator.log(logs, step=step)
+            progress_bar.set_postfix(
+                loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}", images_per_s=f"{logs['images_per_second']:.0f}"
+            )
+            sums, num_batches, start_time = {}, 0, time.perf_counter()
+        if step % args.checkpointing_steps == 0:
+            save_checkpoint(args, accelerator, transformer, ema, step)
+        if last_step or (args.validation_steps is not None and step % args.validation_steps == 0):
+            validate(step)
+            start_time = time.perf_counter()
+    progress_bar.close()
+
+    # 5. A complete pipeline
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with averaged_weights(transformer, ema):
+            make_pipeline().save_pretrained(args.output_dir)
+        logger.info(f"Saved the pipeline in {args.output_dir}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())

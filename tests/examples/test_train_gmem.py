@@ -1,0 +1,260 @@
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from diffusers_gmem import GMemPipeline, GMemTransformer2DModel
+from diffusers_gmem.data import ImageSource
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_gmem.py"
+NUM_IMAGES = 40
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_gmem", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """Scikit-learn's digits as a folder of images, a tiny DINOv2, a tiny VAE, and a model configuration."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("train")
+    digits = load_digits()
+    for number in range(NUM_IMAGES):
+        path = folder / "images" / str(digits.target[number]) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray((digits.images[number] * 15.9).astype(np.uint8)).save(path)
+
+    torch.manual_seed(0)
+    encoder_config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=7
+    )
+    Dinov2Model(encoder_config).save_pretrained(folder / "encoder")
+    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        folder / "encoder"
+    )
+    AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=2,
+        norm_num_groups=4,
+        latents_mean=[0.1, -0.2],
+        latents_std=[0.5, 0.6],
+        scaling_factor=1.0,
+    ).save_pretrained(folder / "vae")
+    model_config = {
+        "patch_size": 2,
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "alignment_layer": 2,
+        "alignment_hidden_dim": 16,
+    }
+    (folder / "model.json").write_text(json.dumps(model_config))
+    return folder
+
+
+def arguments(workplace, output_dir, **overrides):
+    values = {
+        "train_data_dir": workplace / "images",
+        "image_encoder": workplace / "encoder",
+        "model_config": workplace / "model.json",
+        "cache_dir": workplace / "cache",
+        "output_dir": output_dir,
+        "resolution": 8,
+        "train_batch_size": 4,
+        "max_train_steps": 6,
+        "learning_rate": 1e-3,
+        "lr_scheduler": "cosine",
+        "checkpointing_steps": 2,
+        "logging_steps": 2,
+        "num_validation_images": 3,
+        "validation_inference_steps": 2,
+    } | overrides
+    command = []
+    for name, value in values.items():
+        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return command
+
+
+def train(script, command):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    script.main(script.parse_args(command))
+
+
+def weights(folder):
+    return load_file(Path(folder, "diffusion_pytorch_model.safetensors"))
+
+
+def assert_same_weights(folder, other):
+    expected = weights(other)
+    assert expected.keys() == weights(folder).keys()
+    for name, tensor in weights(folder).items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.fixture(scope="module")
+def finished(script, workplace):
+    """A run of 6 steps with everything switched on, and what it logged."""
+    output_dir = workplace / "finished"
+    command = arguments(
+        workplace,
+        output_dir,
+        gradient_accumulation_steps=2,
+        random_flip=True,
+        alignment="online",
+        memory_drop_prob=0.1,
+        validation_steps=4,
+        report_to="tensorboard",
+        snippet_dim=12,
+        snippet_layers=1,
+        cache_images=True,
+    )
+    train(script, command)
+    return output_dir, command
+
+
+def test_the_result_is_a_complete_pipeline(finished, workplace):
+    output_dir, _ = finished
+    source = ImageSource(str(workplace / "images"), cache_dir=str(workplace / "cache"))
+    pipe = GMemPipeline.from_pretrained(output_dir)
+    pipe.memory_bank.verify()
+    assert pipe.memory_bank.labels.tolist() == source.labels
+    assert pipe.memory_bank.id2label == source.id2label
+    assert pipe.memory_bank.shape == (NUM_IMAGES, 12)
+    assert pipe.memory_bank.encoder == str(workplace / "encoder")
+    assert pipe.memory_bank.metadata["image"].to_pylist() == [source.image_name(k) for k in range(NUM_IMAGES)]
+    # Row k is what `image=` makes of image k
+    torch.testing.assert_close(pipe.encode_image([source[0], source[39]]), pipe.memory_bank[[0, 39]])
+
+    output = pipe(class_labels=["3"], num_images_per_memory=2, num_inference_steps=2)
+    assert output.images[0].size == (8, 8)
+    assert source.labels[output.memory_indices[0]] == 3
+
+
+def test_validation_grids_and_checkpoints_are_written(finished):
+    output_dir, _ = finished
+    assert sorted(path.name for path in (output_dir / "samples").iterdir()) == [
+        "step-0000004.png",
+        "step-0000006.png",
+    ]
+    grid = PIL.Image.open(output_dir / "samples" / "step-0000006.png")
+    assert grid.size == (3 * 8, 2 * 8)
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == [f"checkpoint-{k}" for k in (2, 4, 6)]
+    assert list((output_dir / "logs").rglob("events.out.tfevents*"))
+
+
+def test_the_saved_weights_are_the_moving_average(finished):
+    output_dir, _ = finished
+    assert_same_weights(output_dir / "transformer", output_dir / "checkpoint-6" / "transformer_ema")
+    trained = load_file(output_dir / "checkpoint-6" / "model.safetensors")
+    averaged = weights(output_dir / "transformer")
+    assert not torch.equal(trained["proj_out.weight"], averaged["proj_out.weight"])
+    # The projector serves training only, but belongs to the model
+    assert GMemTransformer2DModel.from_pretrained(output_dir / "transformer").alignment_projector is not None
+
+
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(script, finished):
+    output_dir, command = finished
+    resumed = output_dir.with_name("resumed")
+    shutil.copytree(output_dir, resumed)
+    shutil.rmtree(resumed / "checkpoint-6")
+    shutil.rmtree(resumed / "checkpoint-4")
+    # What a kill while writing a checkpoint leaves is passed over
+    (resumed / "checkpoint-4.tmp").mkdir()
+    command = [str(resumed) if word == str(output_dir) else word for word in command]
+    train(script, [*command, "--resume_from_checkpoint", "latest"])
+    assert_same_weights(resumed / "transformer", output_dir / "transformer")
+    resumed_state = load_file(resumed / "checkpoint-6" / "model.safetensors")
+    for name, tensor in load_file(output_dir / "checkpoint-6" / "model.safetensors").items():
+        assert torch.equal(tensor, resumed_state[name]), name
+
+
+def test_old_checkpoints_are_removed(script, workplace):
+    output_dir = workplace / "limited"
+    train(script, arguments(workplace, output_dir, checkpoints_total_limit=1))
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_latents_of_a_vae(script, workplace):
+    output_dir = workplace / "latent"
+    train(script, arguments(workplace, output_dir, vae=workplace / "vae", max_train_steps=2))
+    pipe = GMemPipeline.from_pretrained(output_dir)
+    assert pipe.transformer.config.in_channels == 2
+    assert pipe.transformer.config.sample_size == 4
+    assert pipe.vae.config.latents_std == [0.5, 0.6]
+    assert pipe(num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_without_moving_average_the_weights_are_the_last(script, workplace):
+    output_dir = workplace / "no_ema"
+    train(script, [*arguments(workplace, output_dir, max_train_steps=2), "--no-ema"])
+    trained = load_file(output_dir / "checkpoint-2" / "model.safetensors")
+    saved = weights(output_dir / "transformer")
+    assert all(torch.equal(saved[name], trained[name]) for name in saved)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(script, workplace):
+    output_dir = workplace / "diverged"
+    command = arguments(workplace, output_dir, learning_rate=1e30, max_grad_norm=1e30, lr_scheduler="constant")
+    with pytest.raises(RuntimeError, match="The loss is (nan|inf).* before step"):
+        train(script, command)
+    assert not (output_dir / "model_index.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ([], "either --train_data_dir or --dataset_name"),
+        (["--train_data_dir", "a", "--dataset_name", "b"], "either --train_data_dir or --dataset_name"),
+        (["--train_data_dir", "a", "--train_batch_size", "0"], "--train_batch_size must be at least 1, got 0"),
+        (["--train_data_dir", "a", "--memory_drop_prob", "1.5"], r"--memory_drop_prob must be in \[0, 1\], got 1.5"),
+        (["--train_data_dir", "a", "--lr_scheduler", "steps"], "invalid choice: 'steps'"),
+    ],
+)
+def test_wrong_arguments_are_refused(script, capsys, command, message):
+    with pytest.raises(SystemExit):
+        script.parse_args(command)
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_with_two_processes(script, workplace):
+    """Two processes of batch 2 train what one process of batch 4 does, up to the order of a float32 sum."""
+    one, two = workplace / "one", workplace / "two"
+    train(script, arguments(workplace, one))
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
+    result = subprocess.run(
+        [*launcher, SCRIPT, *arguments(workplace, two, train_batch_size=2)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Global batch: 4 images = 2 per device x 2 processes x 1 accumulation steps" in result.stderr
+    assert "6 optimizer steps = 0.6 epochs of 40 images" in result.stderr
+    expected = weights(one / "transformer")
+    for name, tensor in weights(two / "transformer").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=1e-5)
