@@ -16,7 +16,7 @@ $(VENV)/%.installed: setup.py constraints.txt
 
 # Real images and an encoder from packages -> snippets and bank -> training -> a pipeline, loaded by a new process.
 # The training script is the one for everybody; its settings here suit a few minutes on two CPU cores, of which accelerate
-# would use one if it were not told.
+# would use one if it were not told. A second `make quickstart` goes on where an interrupted one stopped.
 quickstart: $(VENV)/quickstart.installed
 	$(BIN)/python examples/quickstart/prepare_data.py --output_dir $(QUICKSTART)/data
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -27,7 +27,7 @@ quickstart: $(VENV)/quickstart.installed
 		--model_config examples/configs/quickstart.json --resolution 24 --output_dir $(QUICKSTART)/pipeline \
 		--train_batch_size 32 --max_train_steps 2700 --learning_rate 5e-3 --lr_scheduler cosine --lr_warmup_steps 150 \
 		--ema_decay 0.995 --validation_steps 900 --checkpointing_steps 900 \
-		--checkpoints_total_limit 1
+		--checkpoints_total_limit 1 --resume_from_checkpoint latest
 	$(BIN)/python examples/quickstart/show_results.py --pipeline $(QUICKSTART)/pipeline \
 		--train_data_dir $(QUICKSTART)/data/train --held_out_dir $(QUICKSTART)/data/held_out \
 		--cache_dir $(QUICKSTART)/cache --output $(QUICKSTART)/pictures.png

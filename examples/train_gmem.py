@@ -20,6 +20,7 @@ import contextlib
 import json
 import logging
 import math
+import os
 import re
 import shutil
 import time
@@ -252,6 +253,7 @@ def prepare_encoder_and_banks(
             "whitening": args.snippet_whitening,
         }
 
+    image_names = [source.image_name(index) for index in range(len(source))]
     resuming = args.resume_from_checkpoint is not None
     if accelerator.is_main_process and not (
         resuming and all((folder / "config.json").is_file() for folder in folders.values())
@@ -268,7 +270,7 @@ def prepare_encoder_and_banks(
                 snippets,
                 labels=source.labels,
                 id2label=source.id2label,
-                metadata={"image": [source.image_name(index) for index in range(len(source))]},
+                metadata={"image": image_names},
                 encoder=args.image_encoder,
                 encoder_revision=args.image_encoder_revision,
                 preprocessing=preprocessing,
@@ -281,10 +283,11 @@ def prepare_encoder_and_banks(
     encoder.requires_grad_(False)
     banks = {flip: GMemMemoryBank.from_pretrained(folder) for flip, folder in folders.items()}
     for flip, bank in banks.items():
-        if len(bank) != len(source) or bank.preprocessing != json.loads(json.dumps(preprocessing)):
+        same_images = bank.metadata["image"].to_pylist() == image_names
+        if not same_images or bank.preprocessing != json.loads(json.dumps(preprocessing)):
             raise ValueError(
-                f"The bank in {folders[flip]} ({len(bank)} rows) is not that of these {len(source)} images and this encoder. "
-                "Start without --resume_from_checkpoint to build it anew."
+                f"The bank in {folders[flip]} ({len(bank)} rows) is not that of these {len(source)} images and this encoder: "
+                "remove the folder to build it anew, and the checkpoints that were trained with it."
             )
     return encoder, processor, banks[False], banks.get(True)
 
@@ -297,6 +300,10 @@ def build_transformer(
     if args.alignment == "none":
         config["alignment_layer"] = None
     else:
+        if not hasattr(alignment_encoder.config, "patch_size"):
+            raise ValueError(
+                f"--alignment online needs a vision transformer as the encoder, got {type(alignment_encoder).__name__}."
+            )
         config["alignment_dim"] = alignment_encoder.config.hidden_size
     return GMemTransformer2DModel(**config)
 
@@ -373,14 +380,19 @@ def save_checkpoint(
     """A folder checkpoint-<step>: accelerate's state and the moving average, under its name only when complete."""
     folder = Path(args.output_dir, f"checkpoint-{step}")
     temporary = folder.with_name(folder.name + ".tmp")
-    accelerator.save_state(temporary)
     if accelerator.is_main_process:
-        if ema is not None:
-            with averaged_weights(transformer, ema):
-                accelerator.unwrap_model(transformer).save_pretrained(temporary / EMA_FOLDER)
+        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+    accelerator.wait_for_everyone()
+    accelerator.save_state(temporary)
+    if accelerator.is_main_process and ema is not None:
+        with averaged_weights(transformer, ema):
+            accelerator.unwrap_model(transformer).save_pretrained(temporary / EMA_FOLDER)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
         temporary.rename(folder)
         if args.checkpoints_total_limit is not None:
             for old_step in checkpoint_steps(args.output_dir)[: -args.checkpoints_total_limit]:
@@ -395,7 +407,7 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, ema: EMAModel | N
     if args.resume_from_checkpoint == "latest":
         steps = checkpoint_steps(args.output_dir)
         if not steps:
-            logger.warning(f"There is no checkpoint in {args.output_dir}: starting from the beginning.")
+            logger.info(f"There is no checkpoint in {args.output_dir} to resume from: starting from the beginning.")
             return 0
         folder = Path(args.output_dir, f"checkpoint-{steps[-1]}")
     else:
@@ -429,6 +441,11 @@ def main(args: argparse.Namespace) -> None:
         transformers.utils.logging.set_verbosity_error()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    if args.resume_from_checkpoint is None and checkpoint_steps(args.output_dir):
+        raise ValueError(
+            f"{args.output_dir} holds checkpoints of another run (of step {checkpoint_steps(args.output_dir)[-1]}): go on "
+            "with it by --resume_from_checkpoint latest, remove them, or take another --output_dir."
+        )
     set_seed(args.seed)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
 

@@ -71,8 +71,9 @@ def main(args: argparse.Namespace) -> None:
     resolution = pipe.transformer.config.sample_size * (1 if pipe.vae is None else pipe.vae_scale_factor)
     sampling = {"num_inference_steps": args.num_inference_steps, "guidance_scale": args.guidance_scale}
 
-    def sources_and_generated(source: ImageSource, indices: list[int], **what) -> tuple[list, list]:
+    def sources_and_generated(source: ImageSource, indices: list[int], desc: str, **what) -> tuple[list, list]:
         generator = torch.Generator().manual_seed(args.seed)
+        pipe.set_progress_bar_config(desc=desc)
         generated = pipe(**what, **sampling, generator=generator).images
         return [center_crop(source[index], resolution) for index in indices], generated
 
@@ -80,10 +81,16 @@ def main(args: argparse.Namespace) -> None:
     retrieval_indices = pipe.memory_bank.sample(args.num_retrievals, generator=choice)[1].tolist()
     held_out_indices = torch.randperm(len(held_out_source), generator=choice)[: args.num_images].tolist()
 
-    originals, generated = sources_and_generated(train_source, retrieval_indices, memory_indices=retrieval_indices)
-    held_out, from_held_out = sources_and_generated(
-        held_out_source, held_out_indices, image=[held_out_source[index] for index in held_out_indices]
+    originals, generated = sources_and_generated(
+        train_source, retrieval_indices, "From training snippets", memory_indices=retrieval_indices
     )
+    held_out, from_held_out = sources_and_generated(
+        held_out_source,
+        held_out_indices,
+        "From held-out images",
+        image=[held_out_source[index] for index in held_out_indices],
+    )
+    pipe.set_progress_bar_config(desc="Draws from the bank")
     draws = pipe(num_images=2 * args.num_images, **sampling, generator=choice).images
 
     sheet = make_sheet(

@@ -181,14 +181,41 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(script, finished):
     shutil.copytree(output_dir, resumed)
     shutil.rmtree(resumed / "checkpoint-6")
     shutil.rmtree(resumed / "checkpoint-4")
-    # What a kill while writing a checkpoint leaves is passed over
+    # What a kill while writing a checkpoint leaves is passed over, and does not get into the next
     (resumed / "checkpoint-4.tmp").mkdir()
+    (resumed / "checkpoint-4.tmp" / "half.bin").write_bytes(b"half")
     command = [str(resumed) if word == str(output_dir) else word for word in command]
     train(script, [*command, "--resume_from_checkpoint", "latest"])
     assert_same_weights(resumed / "transformer", output_dir / "transformer")
     resumed_state = load_file(resumed / "checkpoint-6" / "model.safetensors")
     for name, tensor in load_file(output_dir / "checkpoint-6" / "model.safetensors").items():
         assert torch.equal(tensor, resumed_state[name]), name
+    assert not (resumed / "checkpoint-4" / "half.bin").exists()
+    assert not list(resumed.glob("*.tmp"))
+
+
+def test_a_new_run_does_not_mix_with_the_checkpoints_of_another(script, finished):
+    _, command = finished
+    with pytest.raises(
+        ValueError, match="holds checkpoints of another run .of step 6.: .*--resume_from_checkpoint latest"
+    ):
+        train(script, command)
+
+
+def test_resuming_with_other_images_is_refused(script, finished, workplace):
+    output_dir, command = finished
+    images = workplace / "other_images"
+    shutil.copytree(workplace / "images", images)
+    (images / "0" / "000.png").rename(images / "0" / "0000.png")
+    command = [str(images) if word == str(workplace / "images") else word for word in command]
+    with pytest.raises(ValueError, match=r"40 rows. is not that of these 40 images"):
+        train(script, [*command, "--resume_from_checkpoint", "latest"])
+
+
+def test_alignment_needs_a_vision_transformer(script, workplace):
+    command = arguments(workplace, workplace / "aligned", image_encoder="efficientnet-lite0", alignment="online")
+    with pytest.raises(ValueError, match="needs a vision transformer as the encoder, got EfficientNetModel"):
+        train(script, command)
 
 
 def test_old_checkpoints_are_removed(script, workplace):

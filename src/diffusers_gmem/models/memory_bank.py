@@ -1,5 +1,4 @@
 # Copyright 2026 The diffusers_gmem authors.
-# Licensed under the Apache License, Version 2.0: https://www.apache.org/licenses/LICENSE-2.0
 # SPDX-License-Identifier: Apache-2.0
 
 import difflib
