@@ -1,3 +1,4 @@
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
@@ -34,6 +35,25 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     assert source.labels is None
     assert [source.image_name(index) for index in range(3)] == ["0.png", "1.png", "2.png"]
     assert [source[index].getpixel((0, 0))[0] for index in range(3)] == [0, 1, 2]
+
+
+def test_a_data_set_of_the_datasets_library(tmp_path):
+    images = [PIL.Image.new("RGB", (6, 4), (number, 0, 0)) for number in range(4)]
+    features = datasets.Features(picture=datasets.Image(), kind=datasets.ClassLabel(names=["cup", "mug"]))
+    dataset = datasets.Dataset.from_dict({"picture": images, "kind": [0, 1, 1, 0]}, features=features)
+    (tmp_path / "data").mkdir()
+    dataset.to_parquet(tmp_path / "data" / "train.parquet")
+
+    source = ImageSource(
+        dataset_name=str(tmp_path / "data"),
+        image_column="picture",
+        label_column="kind",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert [source[index].getpixel((0, 0))[0] for index in range(4)] == [0, 1, 2, 3]
+    assert source.labels == [0, 1, 1, 0]
+    assert source.id2label == {0: "cup", 1: "mug"}
+    assert len({source.image_name(index) for index in range(4)}) == 4
 
 
 def test_transparency_is_laid_on_white(tmp_path):

@@ -239,6 +239,7 @@ def test_sample_limits():
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_sample_with_a_generator_on_a_gpu():
     draws = [make_bank().sample(5, torch.Generator("cuda").manual_seed(0), replacement=r) for r in (True, True, False)]
