@@ -10,7 +10,7 @@ QUICKSTART := quickstart
 $(VENV)/%.installed: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt torch
 	$(BIN)/python -m pip install -q --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 

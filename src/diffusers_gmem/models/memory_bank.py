@@ -48,7 +48,7 @@ class _File(NamedTuple):
 class GMemMemoryBank:
     r"""
     An immutable bank of N memory snippets of dimension D, one row each, optionally with labels and metadata
-    (the memory bank M of GMem, https://huggingface.co/papers/2412.08781, section 3).
+    (GMem, https://huggingface.co/papers/2412.08781).
 
     The bank is not a module: casting, moving or offloading a pipeline never copies it. Its rows stay on the CPU, in RAM
     when it is made from a tensor, memory-mapped when it is opened with [`~GMemMemoryBank.from_pretrained`]; the caller
