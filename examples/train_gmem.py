@@ -1,12 +1,12 @@
 # Copyright 2026 The diffusers_gmem authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""
+r"""
 Trains a GMem on a folder of images, or a `datasets` data set, and saves a complete pipeline.
 
     accelerate launch examples/train_gmem.py --train_data_dir my_images --resolution 256 \
-        --image_encoder facebook/dinov2-base --vae stabilityai/sd-vae-ft-ema --model_config examples/configs/my.json \
-        --mixed_precision bf16 --output_dir gmem-mine
+        --image_encoder facebook/dinov2-base --vae stabilityai/sd-vae-ft-ema \
+        --model_config examples/configs/lightningdit_b2.json --mixed_precision bf16 --output_dir gmem-mine
 
 On a CPU, in pixel space: see the `quickstart` target of the Makefile.
 
@@ -284,7 +284,8 @@ def prepare_encoder_and_banks(
     banks = {flip: GMemMemoryBank.from_pretrained(folder) for flip, folder in folders.items()}
     for flip, bank in banks.items():
         same_images = bank.metadata["image"].to_pylist() == image_names
-        if not same_images or bank.preprocessing != json.loads(json.dumps(preprocessing)):
+        same_encoder = (bank.encoder, bank.encoder_revision) == (args.image_encoder, args.image_encoder_revision)
+        if not same_images or not same_encoder or bank.preprocessing != json.loads(json.dumps(preprocessing)):
             raise ValueError(
                 f"The bank in {folders[flip]} ({len(bank)} rows) is not that of these {len(source)} images and this encoder: "
                 "remove the folder to build it anew, and the checkpoints that were trained with it."

@@ -56,6 +56,31 @@ def test_a_data_set_of_the_datasets_library(tmp_path):
     assert len({source.image_name(index) for index in range(4)}) == 4
 
 
+def parquet_folder(folder, labels):
+    images = [PIL.Image.new("RGB", (6, 4))] * len(labels)
+    features = datasets.Features(
+        image=datasets.Image(), label=datasets.Value("string" if labels[0] == "a" else "int32")
+    )
+    folder.mkdir()
+    dataset = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    dataset.to_parquet(folder / "train.parquet")
+    return str(folder)
+
+
+def test_integer_labels_have_no_names(tmp_path):
+    source = ImageSource(dataset_name=parquet_folder(tmp_path / "data", [3, 1]), cache_dir=str(tmp_path / "cache"))
+    assert source.labels == [3, 1]
+    assert source.id2label is None
+
+
+def test_labels_of_another_kind_are_refused(tmp_path):
+    folder = parquet_folder(tmp_path / "data", ["a", "b"])
+    with pytest.raises(ValueError, match=r"'label' must hold class labels or integers, got .*string"):
+        ImageSource(dataset_name=folder, cache_dir=str(tmp_path / "cache"))
+    source = ImageSource(dataset_name=folder, label_column="none", cache_dir=str(tmp_path / "cache"))
+    assert source.labels is None
+
+
 def test_transparency_is_laid_on_white(tmp_path):
     write_image(tmp_path / "images" / "0.png", color=(255, 0, 0, 0), mode="RGBA")
     write_image(tmp_path / "images" / "1.png", color=(255, 0, 0, 255), mode="RGBA")

@@ -51,6 +51,11 @@ def test_flipped_snippets_are_those_of_the_mirrored_images(encoder_folder, sourc
     assert not torch.allclose(flipped, compute_snippets(source, encoder, processor))
 
 
+def test_the_built_in_encoder_has_no_revisions():
+    with pytest.raises(ValueError, match="has no revisions, got 'v2'"):
+        load_image_encoder("efficientnet-lite0", revision="v2")
+
+
 def test_the_built_in_encoder_needs_no_download(source):
     encoder, processor = load_image_encoder("efficientnet-lite0")
     snippets = compute_snippets(source, encoder, processor)

@@ -212,6 +212,15 @@ def test_resuming_with_other_images_is_refused(script, finished, workplace):
         train(script, [*command, "--resume_from_checkpoint", "latest"])
 
 
+def test_resuming_with_another_encoder_is_refused(script, finished, workplace):
+    _, command = finished
+    other = workplace / "other_encoder"
+    shutil.copytree(workplace / "encoder", other)
+    command = [str(other) if word == str(workplace / "encoder") else word for word in command]
+    with pytest.raises(ValueError, match="is not that of these 40 images and this encoder"):
+        train(script, [*command, "--resume_from_checkpoint", "latest"])
+
+
 def test_alignment_needs_a_vision_transformer(script, workplace):
     command = arguments(workplace, workplace / "aligned", image_encoder="efficientnet-lite0", alignment="online")
     with pytest.raises(ValueError, match="needs a vision transformer as the encoder, got EfficientNetModel"):

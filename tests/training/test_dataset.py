@@ -36,7 +36,6 @@ def test_a_sample_is_an_image_with_its_own_snippet(source):
         sample = dataset[0, index]
         torch.testing.assert_close(sample["pixel_values"], image_to_tensor(center_crop(source[index], 8)))
         assert (sample["memory"] == index + 1).all()
-        assert sample["index"] == index
         assert sample["noise"].shape == sample["posterior_noise"].shape == (4, 2, 2)
         assert 0 < sample["timestep"] < 1
 

@@ -27,11 +27,12 @@ class ImageSource(torch.utils.data.Dataset):
         dataset_config_name (`str`, *optional*): its configuration.
         split (`str`, defaults to `"train"`): its split.
         image_column (`str`, defaults to `"image"`): column of the images.
-        label_column (`str`, defaults to `"label"`): column of the class labels; need not exist.
+        label_column (`str`, defaults to `"label"`): column of the class labels, or of integers; need not exist.
         cache_dir (`str`, *optional*): where `datasets` keeps its files.
 
     Raises:
-        ValueError: if not exactly one of the folder and the name is given, or there is no such column, or no image.
+        ValueError: if not exactly one of the folder and the name is given, or there is no such column, no image, or
+            labels of another kind.
     """
 
     def __init__(
@@ -76,6 +77,13 @@ class ImageSource(torch.utils.data.Dataset):
         if isinstance(feature, datasets.ClassLabel):
             self.labels = list(dataset[label_column])
             self.id2label = dict(enumerate(feature.names))
+        elif isinstance(feature, datasets.Value) and "int" in feature.dtype:
+            self.labels = list(dataset[label_column])
+        elif feature is not None:
+            raise ValueError(
+                f"The label column {label_column!r} must hold class labels or integers, got {feature}: convert it, for "
+                "instance with `Dataset.class_encode_column`, or name another column."
+            )
 
     def __len__(self) -> int:
         return len(self.dataset)

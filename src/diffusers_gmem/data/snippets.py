@@ -34,8 +34,11 @@ def load_image_encoder(
 
     Raises:
         ImportError: if the package of the built-in encoder is not installed.
+        ValueError: if a revision of the built-in encoder is asked for.
     """
     if name_or_path == "efficientnet-lite0":
+        if revision is not None:
+            raise ValueError(f'The built-in encoder "efficientnet-lite0" has no revisions, got {revision!r}.')
         return _load_efficientnet_lite0()
 
     from transformers import AutoImageProcessor, AutoModel

@@ -31,7 +31,7 @@ class GMemTrainingDataset(torch.utils.data.Dataset):
             Keep every cropped image in memory, one byte per value, from its first use on.
 
     Each sample is a dict of `pixel_values` `(3, resolution, resolution)` in [-1, 1], `memory` `(memory_dim,)`,
-    `memory_dropout_mask` `(memory_dim,)`, `timestep` `()`, `noise` and `posterior_noise` of `latent_shape`, and `index`.
+    `memory_dropout_mask` `(memory_dim,)`, `timestep` `()`, and `noise` and `posterior_noise` of `latent_shape`.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class GMemTrainingDataset(torch.utils.data.Dataset):
         pixel_values = image_to_tensor(self._cropped_image(index))
         memory = (self.flipped_memory_bank if flip else self.memory_bank)[index].float()
         return {
-            "index": torch.tensor(index),
             "pixel_values": pixel_values.flip(-1) if flip else pixel_values,
             "memory": torch.zeros_like(memory) if drop_memory < self.memory_drop_prob else memory,
             "memory_dropout_mask": memory_dropout_mask,
