@@ -1,10 +1,13 @@
+import io
+import tarfile
+
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 
-from diffusers_gmem.data import ImageSource, center_crop, image_to_tensor
+from diffusers_gmem.data import BrokenImageError, ImageSource, ImageStream, center_crop, image_to_tensor
 
 
 def write_image(path, color=(10, 20, 30), size=(12, 8), mode="RGB"):
@@ -96,8 +99,68 @@ def test_a_broken_image_is_named(tmp_path):
     path = tmp_path / "images" / "1.png"
     path.write_bytes(path.read_bytes()[:40])
     source[0]
-    with pytest.raises(ValueError, match=r"1\.png.* cannot be read"):
+    with pytest.raises(BrokenImageError, match=r"1\.png.* cannot be read"):
         source[1]
+
+
+def tar_files(folder, broken=None):
+    """Three tar files of four images each, whose red is their number and whose label is that modulo 3."""
+    folder.mkdir()
+    for file in range(3):
+        with tarfile.open(folder / f"train-{file}.tar", "w") as archive:
+            for number in range(4 * file, 4 * file + 4):
+                buffer = io.BytesIO()
+                PIL.Image.new("RGB", (6, 4), (number, 0, 0)).save(buffer, "png")
+                content = buffer.getvalue()[:20] if number == broken else buffer.getvalue()
+                for extension, data in (("png", content), ("cls", str(number % 3).encode())):
+                    member = tarfile.TarInfo(f"image{number:02d}.{extension}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    return str(folder / "*.tar")
+
+
+def test_webdataset_files(tmp_path):
+    options = {"image_column": "png", "label_column": "cls", "cache_dir": str(tmp_path / "cache")}
+    source = ImageSource(webdataset=tar_files(tmp_path / "tars", broken=5), **options)
+    assert len(source) == 12
+    assert source.labels == [number % 3 for number in range(12)]
+    image, name, label = source.read(7)
+    assert (image.getpixel((0, 0))[0], name, label) == (7, "image07.png", 1)
+    with pytest.raises(BrokenImageError, match=r"Image 5 \(image05\.png\) cannot be read"):
+        source.read(5)
+    with pytest.raises(ValueError, match=r"no column 'image'.*'png', 'cls'"):
+        ImageSource(webdataset=str(tmp_path / "tars" / "*.tar"), cache_dir=str(tmp_path / "cache"))
+
+
+def test_a_stream_of_webdataset_files(tmp_path):
+    options = {"image_column": "png", "label_column": "cls", "cache_dir": str(tmp_path / "cache")}
+    stream = ImageStream(webdataset=tar_files(tmp_path / "tars"), **options)
+    assert stream.num_files == 3
+    assert stream.num_images is None
+    images = [stream.read(record) for record in stream.records(1)]
+    assert [(image.getpixel((0, 0))[0], name, label) for image, name, label in images] == [
+        (number, f"image{number:02d}.png", number % 3) for number in range(4, 8)
+    ]
+
+
+def test_a_stream_of_a_data_set(tmp_path):
+    folder = parquet_folder(tmp_path / "data", [3, 1, 2])
+    stream = ImageStream(dataset_name=folder, cache_dir=str(tmp_path / "cache"))
+    assert stream.num_files == 1
+    assert [stream.read(record)[1:] for record in stream.records(0)] == [("0/0", 3), ("0/1", 1), ("0/2", 2)]
+    with pytest.raises(ValueError, match="folder of images cannot be streamed"):
+        ImageStream(train_data_dir=folder)
+
+
+def test_a_missing_image_is_a_broken_one(tmp_path):
+    features = datasets.Features(image=datasets.Image())
+    dataset = datasets.Dataset.from_dict({"image": [PIL.Image.new("RGB", (6, 4)), None]}, features=features)
+    (tmp_path / "data").mkdir()
+    dataset.to_parquet(tmp_path / "data" / "train.parquet")
+    source = ImageSource(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    source.read(0)
+    with pytest.raises(BrokenImageError, match="Image 1 .* cannot be read"):
+        source.read(1)
 
 
 @pytest.mark.parametrize(

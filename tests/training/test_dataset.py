@@ -1,13 +1,17 @@
+import json
 import math
 
 import PIL.Image
 import PIL.ImageOps
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from diffusers_gmem import GMemMemoryBank
-from diffusers_gmem.data import ImageSource, center_crop, image_to_tensor
-from diffusers_gmem.training import GMemTrainingDataset
+from diffusers_gmem.data import ImageSource, LatentCache, center_crop, image_to_tensor
+from diffusers_gmem.data.latent_cache import FORMAT_VERSION
+from diffusers_gmem.training import GMemTrainingDataset, TrainingBatchSampler
+from diffusers_gmem.training.dataset import GMemLatentTrainingDataset
 
 
 NUM_IMAGES = 6
@@ -96,3 +100,126 @@ def test_cached_images_are_the_same(source):
     for key in [(0, 1), (1, 1), (0, 4)]:
         torch.testing.assert_close(cached[key], plain[key], rtol=0, atol=0)
     assert sorted(cached.cache) == [1, 4]
+
+
+def test_flips_are_independent_where_asked_for(source):
+    flipped_bank = GMemMemoryBank(-torch.arange(1.0, NUM_IMAGES + 1).unsqueeze(1).repeat(1, 50))
+    paired = make_dataset(source, flipped_memory_bank=flipped_bank)
+    independent = make_dataset(source, flipped_memory_bank=flipped_bank, independent_flips=True)
+    seen = set()
+    for epoch in range(60):
+        sample, other = paired[epoch, 2], independent[epoch, 2]
+        torch.testing.assert_close(sample["noise"], other["noise"])
+        torch.testing.assert_close(sample["pixel_values"], other["pixel_values"])
+        seen.add((torch.equal(other["pixel_values"], image_to_tensor(source[2])), bool(other["memory"][0] > 0)))
+    assert len(seen) == 4
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """10 images in 3 shards: entry (row, view) of every tensor is 10 * row + view."""
+    folder = tmp_path_factory.mktemp("cache")
+    shards = []
+    for start, stop in ((0, 4), (4, 9), (9, 10)):
+        values = 10.0 * torch.arange(start, stop)[:, None] + torch.arange(2)
+        tensors = {
+            "latents_mean": values[..., None, None, None].repeat(1, 1, 3, 2, 2).half(),
+            "latents_logvar": torch.full((stop - start, 2, 3, 2, 2), -2.0).half(),
+            "snippets": values[..., None].repeat(1, 1, 5) + 1000,
+            "alignment_features": values[..., None, None].repeat(1, 1, 4, 6).bfloat16(),
+        }
+        path = folder / f"latents-{start}.safetensors"
+        save_file(tensors, path)
+        shards.append([path.name, stop - start, path.stat().st_size, ""])
+    config = {"_class_name": "LatentCache", "format_version": FORMAT_VERSION, "shards": shards}
+    (folder / "config.json").write_text(json.dumps(config))
+    return LatentCache.from_pretrained(folder)
+
+
+def latent_dataset(cache, **arguments):
+    return GMemLatentTrainingDataset(cache, **({"seed": 0, "memory_dropout": 0.4} | arguments))
+
+
+def test_a_batch_of_latents_is_sampled_from_the_posterior(cache):
+    keys = [(0, 9), (0, 3), (1, 3), (0, 4)]
+    batch = latent_dataset(cache).__getitems__(keys)
+    assert batch["latents"].dtype == batch["memory"].dtype == torch.float32
+    draws = latent_dataset(cache).draws
+    for k, (epoch, index) in enumerate(keys):
+        expected = 10 * index + math.exp(-1) * draws(epoch, index).posterior_noise
+        torch.testing.assert_close(batch["latents"][k], expected)
+        assert (batch["memory"][k] == 1000 + 10 * index).all()
+        assert torch.equal(batch["noise"][k], draws(epoch, index).noise)
+        assert torch.equal(batch["timestep"][k], draws(epoch, index).timestep)
+        assert torch.equal(batch["memory_dropout_mask"][k], draws(epoch, index).memory_dropout_mask)
+    assert "alignment_features" not in batch
+
+
+def test_a_sample_is_the_same_in_any_batch(cache):
+    dataset = latent_dataset(cache, random_flip=True, memory_drop_prob=0.3, alignment=True)
+    keys = [(epoch, index) for epoch in range(2) for index in range(10)]
+    batch = dataset.__getitems__(keys)
+    for k, key in enumerate(keys):
+        for name, tensor in dataset[key].items():
+            assert torch.equal(tensor, batch[name][k]), name
+
+
+def test_draws_are_those_of_training_on_images(cache, source):
+    arguments = {"memory_drop_prob": 0.2, "timestep_mean": 0.1, "timestep_std": 0.9}
+    from_images = GMemTrainingDataset(
+        source, GMemMemoryBank(torch.ones(NUM_IMAGES, 5)), 8, (3, 2, 2), 7, 0.4, **arguments
+    )
+    from_latents = latent_dataset(cache, seed=7, **arguments)
+    dropped = set()
+    for key in [(epoch, index) for epoch in range(5) for index in range(NUM_IMAGES)]:
+        one, other = from_images[key], from_latents[key]
+        for name in ("noise", "timestep", "memory_dropout_mask"):
+            assert torch.equal(one[name], other[name])
+        assert (one["memory"] == 0).all() == (other["memory"] == 0).all()
+        dropped.add(bool((other["memory"] == 0).all()))
+    assert dropped == {True, False}
+
+
+@pytest.mark.parametrize("independent_flips", [False, True])
+def test_views_are_paired_unless_asked_for(cache, independent_flips):
+    dataset = latent_dataset(cache, random_flip=True, independent_flips=independent_flips, alignment=True)
+    batch = dataset.__getitems__([(epoch, 5) for epoch in range(200)])
+    views = torch.stack(
+        [(batch["memory"][:, 0] - 1050).long(), (batch["alignment_features"][:, 0, 0].float() - 50).long()], dim=1
+    )
+    assert set(views.flatten().tolist()) == {0, 1}
+    assert (views[:, 0] == views[:, 1]).all() != independent_flips
+    for column in views.T:
+        assert abs(column.float().mean() - 0.5) < 5 * 0.5 / math.sqrt(200)
+    # The view of the latents: their mean less the noise that was added
+    noise = torch.stack([dataset.draws(epoch, 5).posterior_noise for epoch in range(200)]) * math.exp(-1)
+    latent_views = (batch["latents"] - noise - 50).mean(dim=(1, 2, 3)).round().long()
+    assert (latent_views == views[:, 0]).all() != independent_flips
+
+
+def test_workers_do_not_change_the_batches(cache):
+    def batches(num_workers):
+        dataset = latent_dataset(cache, random_flip=True)
+        sampler = TrainingBatchSampler(10, 4, seed=0, first_step=0, num_steps=6, block_size=3)
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_sampler=sampler, num_workers=num_workers, collate_fn=dataset.collate
+        )
+        return list(loader)
+
+    for one, other in zip(batches(0), batches(2), strict=True):
+        assert one["latents"].shape == (4, 3, 2, 2)
+        for name in one:
+            assert torch.equal(one[name], other[name])
+
+
+def test_missing_alignment_features_are_named(cache, tmp_path):
+    tensors = {"latents_mean": torch.zeros(1, 2, 3, 2, 2), "snippets": torch.zeros(1, 2, 5)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    shards = [["a.safetensors", 1, (tmp_path / "a.safetensors").stat().st_size, ""]]
+    config = {"_class_name": "LatentCache", "format_version": FORMAT_VERSION, "shards": shards}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plain = LatentCache.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no alignment features"):
+        latent_dataset(plain, alignment=True)
+    # A deterministic autoencoder has no posterior to sample from
+    assert (latent_dataset(plain)[0, 0]["latents"] == 0).all()

@@ -1,11 +1,27 @@
-from .images import ImageSource, center_crop, image_to_tensor
-from .snippets import compute_snippets, load_image_encoder
+from .autoencoders import encode_images, load_autoencoder
+from .images import BrokenImageError, ImageSource, ImageStream, center_crop, image_to_tensor
+from .latent_cache import LatentCache
+from .snippets import (
+    compute_snippets,
+    encode_pixel_values,
+    load_image_encoder,
+    paper_image_processor,
+    resize_patch_features,
+)
 
 
 __all__ = [
+    "BrokenImageError",
     "ImageSource",
+    "ImageStream",
+    "LatentCache",
     "center_crop",
     "compute_snippets",
+    "encode_images",
+    "encode_pixel_values",
     "image_to_tensor",
+    "load_autoencoder",
     "load_image_encoder",
+    "paper_image_processor",
+    "resize_patch_features",
 ]

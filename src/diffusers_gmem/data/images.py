@@ -4,7 +4,10 @@
 """Reading images: from a folder or a data set to RGB pictures, and from those to square tensors."""
 
 import io
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -14,26 +17,20 @@ import torch
 from ..models.image_encoder import to_rgb
 
 
-class ImageSource(torch.utils.data.Dataset):
-    """
-    The images of a folder or a Hub or local `datasets` data set, as RGB pictures, by number.
+class BrokenImageError(ValueError):
+    """An image cannot be read. The message says which, and why."""
 
-    A folder may have one sub-folder per class, or a `metadata.csv` or `metadata.jsonl`: it is read by `datasets`'
-    "imagefolder", whose order is that of the sorted file names.
 
-    Args:
-        train_data_dir (`str`, *optional*): folder of images.
-        dataset_name (`str`, *optional*): name on the Hub or local path for `datasets.load_dataset`.
-        dataset_config_name (`str`, *optional*): its configuration.
-        split (`str`, defaults to `"train"`): its split.
-        image_column (`str`, defaults to `"image"`): column of the images.
-        label_column (`str`, defaults to `"label"`): column of the class labels, or of integers; need not exist.
-        cache_dir (`str`, *optional*): where `datasets` keeps its files.
+class NamedImage(NamedTuple):
+    """An RGB image with its file name (or number, where there is none) and its label, if it has one."""
 
-    Raises:
-        ValueError: if not exactly one of the folder and the name is given, or there is no such column, no image, or
-            labels of another kind.
-    """
+    image: PIL.Image.Image
+    name: str
+    label: int | None
+
+
+class _Images:
+    streaming: bool
 
     def __init__(
         self,
@@ -44,11 +41,14 @@ class ImageSource(torch.utils.data.Dataset):
         image_column: str = "image",
         label_column: str = "label",
         cache_dir: str | None = None,
+        webdataset: str | list[str] | None = None,
     ):
-        if (train_data_dir is None) == (dataset_name is None):
+        if sum(source is not None for source in (train_data_dir, dataset_name, webdataset)) != 1:
             raise ValueError(
-                f"Give either a folder of images or a data set's name, got {train_data_dir!r} and {dataset_name!r}."
+                "Give either a folder of images or a data set's name or WebDataset files, got "
+                f"{train_data_dir!r}, {dataset_name!r} and {webdataset!r}."
             )
+        options = {"cache_dir": cache_dir, "streaming": self.streaming}
         if train_data_dir is not None:
             if not Path(train_data_dir).is_dir():
                 raise ValueError(f"There is no folder {train_data_dir!r}.")
@@ -56,53 +56,147 @@ class ImageSource(torch.utils.data.Dataset):
             # Folders named like splits ("train", "test") would otherwise be taken for splits, and left out
             data_files = {"train": str(Path(train_data_dir).resolve() / "**")}
             try:
-                dataset = datasets.load_dataset(
-                    "imagefolder", data_files=data_files, split="train", cache_dir=cache_dir
-                )
+                dataset = datasets.load_dataset("imagefolder", data_files=data_files, split="train", **options)
             except ValueError as error:
                 raise ValueError(f"`datasets` finds no images in the folder {train_data_dir!r}: {error}") from error
+        elif webdataset is not None:
+            self.name = str(webdataset)
+            dataset = datasets.load_dataset("webdataset", data_files={"train": webdataset}, split="train", **options)
         else:
             self.name = dataset_name
-            dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, cache_dir=cache_dir)
+            dataset = datasets.load_dataset(dataset_name, dataset_config_name, split=split, **options)
 
-        if image_column not in dataset.column_names:
+        if image_column not in (dataset.column_names or []):
             raise ValueError(f"There is no column {image_column!r} in {self.name}: it has {dataset.column_names}.")
         self.image_column = image_column
         # Decoded here and not by `datasets`, so that a broken image can be named
         self.dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
 
-        self.labels: list[int] | None = None
+        self.label_column: str | None = None
         self.id2label: dict[int, str] | None = None
         feature = dataset.features.get(label_column)
         if isinstance(feature, datasets.ClassLabel):
-            self.labels = list(dataset[label_column])
+            self.label_column = label_column
             self.id2label = dict(enumerate(feature.names))
         elif isinstance(feature, datasets.Value) and "int" in feature.dtype:
-            self.labels = list(dataset[label_column])
+            self.label_column = label_column
         elif feature is not None:
             raise ValueError(
                 f"The label column {label_column!r} must hold class labels or integers, got {feature}: convert it, for "
                 "instance with `Dataset.class_encode_column`, or name another column."
             )
 
+    def _name(self, record: dict[str, Any], number: int | str) -> str:
+        path = (record[self.image_column] or {}).get("path")
+        if path is None:
+            return str(number)
+        return "/".join(Path(path).parts[-2:]) if self.label_column is not None else Path(path).name
+
+    def _read(self, record: dict[str, Any], number: int | str) -> NamedImage:
+        image = record[self.image_column] or {"bytes": None, "path": None}
+        try:
+            picture = PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"])
+            picture = to_rgb(picture)
+        except Exception as error:  # a broken file makes Pillow's plugins raise almost anything
+            raise BrokenImageError(
+                f"Image {number} ({image['path'] or 'no file name'}) cannot be read: {error}"
+            ) from error
+        label = None if self.label_column is None else record[self.label_column]
+        return NamedImage(picture, self._name(record, number), label)
+
+
+class ImageSource(_Images, torch.utils.data.Dataset):
+    """
+    The images of a folder, a Hub or local `datasets` data set, or WebDataset tar files, as RGB pictures, by number.
+
+    A folder may have one sub-folder per class, or a `metadata.csv` or `metadata.jsonl`: it is read by `datasets`'
+    "imagefolder", whose order is that of the sorted file names. Other sources than a folder are first brought into the
+    `datasets` cache, from where they are memory-mapped; [`ImageStream`] does without.
+
+    Args:
+        train_data_dir (`str`, *optional*): folder of images.
+        dataset_name (`str`, *optional*): name on the Hub or local path for `datasets.load_dataset`.
+        dataset_config_name (`str`, *optional*): its configuration.
+        split (`str`, defaults to `"train"`): its split.
+        image_column (`str`, defaults to `"image"`): column of the images.
+        label_column (`str`, defaults to `"label"`): column of the class labels, or of integers; need not exist.
+        cache_dir (`str`, *optional*): where `datasets` keeps its files.
+        webdataset (`str` or `list[str]`, *optional*):
+            WebDataset tar files: paths, URLs, or patterns such as `"data/*.tar"`. Their columns are the extensions of
+            the files in them, such as `"jpg"` for the images and `"cls"` for the labels.
+
+    Raises:
+        ValueError: if not exactly one of the folder, the name and the tar files is given, or there is no such column,
+            no image, or labels of another kind.
+    """
+
+    streaming = False
+
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @cached_property
+    def labels(self) -> list[int] | None:
+        """The labels of all images, if they have labels."""
+        return None if self.label_column is None else list(self.dataset[self.label_column])
+
     def image_name(self, index: int) -> str:
         """File name of an image (class folder included), or its number where the data set does not tell."""
-        path = self.dataset[index][self.image_column]["path"]
-        if path is None:
-            return str(index)
-        return "/".join(Path(path).parts[-2:]) if self.labels is not None else Path(path).name
+        return self._name(self.dataset[index], index)
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
         """The image in RGB, at its own size; transparency is laid on white."""
-        record = self.dataset[index][self.image_column]
-        try:
-            image = PIL.Image.open(io.BytesIO(record["bytes"]) if record["bytes"] is not None else record["path"])
-            return to_rgb(image)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise ValueError(f"Image {index} ({record['path'] or 'no file name'}) cannot be read: {error}") from error
+        return self.read(index).image
+
+    def read(self, index: int) -> NamedImage:
+        """
+        The image with its name and label.
+
+        Raises:
+            BrokenImageError: if the image cannot be read.
+        """
+        return self._read(self.dataset[index], index)
+
+
+class ImageStream(_Images):
+    """
+    The images of a data set that is not kept on this machine, file by file, each in the order of the file.
+
+    Args:
+        kwargs: the arguments of [`ImageSource`], `train_data_dir` excepted.
+    """
+
+    streaming = True
+
+    def __init__(self, **kwargs):
+        if kwargs.get("train_data_dir") is not None:
+            raise ValueError(f"A folder of images cannot be streamed, got {kwargs['train_data_dir']!r}.")
+        super().__init__(**kwargs)
+
+    @property
+    def num_files(self) -> int:
+        """How many files (parquet, tar, ...) the data set has."""
+        return self.dataset.num_shards
+
+    @property
+    def num_images(self) -> int | None:
+        """How many images there are, if the data set says so."""
+        splits = self.dataset.info.splits or {}
+        return splits[str(self.dataset.split)].num_examples if str(self.dataset.split) in splits else None
+
+    def records(self, file: int) -> Iterator[tuple[dict[str, Any], str]]:
+        """The undecoded images of one file, for [`~ImageStream.read`]."""
+        for number, record in enumerate(self.dataset.shard(self.num_files, file)):
+            yield record, f"{file}/{number}"
+
+    def read(self, record_and_number: tuple[dict[str, Any], str]) -> NamedImage:
+        """
+        The image with its name and label.
+
+        Raises:
+            BrokenImageError: if the image cannot be read.
+        """
+        return self._read(*record_and_number)
 
 
 def center_crop(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:

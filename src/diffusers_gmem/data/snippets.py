@@ -3,13 +3,16 @@
 
 """From images to snippets, with any vision model that has a `pooler_output`."""
 
+import math
 from typing import Any
 
 import PIL.ImageOps
 import torch
+import torch.nn.functional as F
 from diffusers.utils import logging
 
 from ..conversion.efficientnet_lite import convert_efficientnet_lite, efficientnet_lite_image_processor
+from .image_processor import GMemImageProcessor
 from .images import ImageSource
 
 
@@ -34,16 +37,26 @@ def load_image_encoder(
 
     Raises:
         ImportError: if the package of the built-in encoder is not installed.
-        ValueError: if a revision of the built-in encoder is asked for.
+        ValueError: if a revision of the built-in encoder is asked for, or weights are missing.
     """
     if name_or_path == "efficientnet-lite0":
         if revision is not None:
             raise ValueError(f'The built-in encoder "efficientnet-lite0" has no revisions, got {revision!r}.')
         return _load_efficientnet_lite0()
 
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-    encoder = AutoModel.from_pretrained(name_or_path, revision=revision, cache_dir=cache_dir)
+    config = AutoConfig.from_pretrained(name_or_path, revision=revision, cache_dir=cache_dir)
+    # Of a model of images and texts, such as CLIP, the vision half
+    config = getattr(config, "vision_config", config)
+    encoder, info = AutoModel.from_pretrained(
+        name_or_path, config=config, revision=revision, cache_dir=cache_dir, output_loading_info=True
+    )
+    if info["missing_keys"]:
+        raise ValueError(
+            f"{name_or_path} has not all weights of {type(encoder).__name__}, whose outputs would be partly random: "
+            f"{sorted(info['missing_keys'])} are missing."
+        )
     processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, cache_dir=cache_dir, backend="pil")
     return encoder.eval(), processor
 
@@ -94,3 +107,61 @@ def compute_snippets(
         pixel_values = processor(images=images, return_tensors="pt").pixel_values.to(device, encoder.dtype)
         snippets.append(encoder(pixel_values).pooler_output.float().cpu())
     return torch.cat(snippets)
+
+
+def paper_image_processor(resolution: int) -> GMemImageProcessor:
+    """
+    The paper's preparation of images for DINOv2: 256 -> 224, and 224 more for every further 256 pixels.
+
+    Raises:
+        ValueError: if `resolution` is below 256.
+    """
+    if resolution < 256:
+        raise ValueError(f"The paper's preprocessing needs a resolution of at least 256, got {resolution}.")
+    return GMemImageProcessor(resolution, 224 * (resolution // 256))
+
+
+@torch.no_grad()
+def encode_pixel_values(
+    encoder: torch.nn.Module, pixel_values: torch.Tensor, patch_features: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Snippets and, if asked for, the features of the patches, which the alignment projector predicts.
+
+    Args:
+        encoder (`torch.nn.Module`): a vision model of transformers.
+        pixel_values (`torch.Tensor` of shape `(batch_size, 3, height, width)`): what its image processor makes.
+        patch_features (`bool`, defaults to `False`): whether to return them.
+
+    Returns:
+        `tuple`: the `pooler_output`, `(batch_size, dim)`, float32; and the last hidden states of the patches, row by
+        row, `(batch_size, num_patches, hidden_size)`, float32, or `None`.
+
+    Raises:
+        ValueError: if the encoder has no pooled output or, where they are asked for, no patches.
+    """
+    output = encoder(pixel_values.to(encoder.device, encoder.dtype))
+    if getattr(output, "pooler_output", None) is None:
+        raise ValueError(f"The image encoder must have a `pooler_output`, {type(encoder).__name__} has none.")
+    snippets = output.pooler_output.float().flatten(1)
+    if not patch_features:
+        return snippets, None
+    patch_size = getattr(encoder.config, "patch_size", None)
+    if patch_size is None or output.last_hidden_state.ndim != 3:
+        raise ValueError(f"Alignment features need a vision transformer, got {type(encoder).__name__}.")
+    # The sequence starts with tokens that stand for no patch
+    num_patches = (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+    return snippets, output.last_hidden_state[:, -num_patches:].float()
+
+
+def resize_patch_features(features: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """
+    Brings features of shape `(batch_size, num_patches, dim)` from one square grid to another, bilinearly:
+    `(batch_size, num_tokens, dim)`.
+    """
+    side, new_side = math.isqrt(features.shape[1]), math.isqrt(num_tokens)
+    if side == new_side:
+        return features
+    features = features.transpose(1, 2).unflatten(-1, (side, side))
+    features = F.interpolate(features, size=(new_side, new_side), mode="bilinear")
+    return features.flatten(2).transpose(1, 2)

@@ -1,0 +1,210 @@
+# Copyright 2026 The diffusers_gmem authors.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""
+Builds a memory bank from images, or from embeddings that are there already.
+
+    accelerate launch examples/build_memory_bank.py --train_data_dir my_images \
+        --image_encoder facebook/dinov2-base --output_dir my_bank
+    python examples/build_memory_bank.py --embeddings clip.npy --embedding_labels labels.npy --output_dir my_bank
+    python examples/build_memory_bank.py --embeddings clip.parquet --embedding_column embedding --output_dir my_bank
+    python examples/build_memory_bank.py --dataset_name org/embeddings --embedding_column embedding --output_dir my_bank
+
+Row k is image k of the source (less the skipped ones). Run it with any number of processes, on any number of machines that
+share `output_dir`; kill it, and start it again with more or fewer: the bank is the same, byte for byte (on the same kind of
+device). `GMemMemoryBank.from_pretrained` opens it.
+"""
+
+import argparse
+import datetime
+import logging
+import shutil
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.logging import get_logger
+from tqdm.auto import tqdm
+
+from diffusers_gmem import GMemMemoryBank
+from diffusers_gmem.data import encode_pixel_values
+from diffusers_gmem.data.arguments import (
+    DTYPES,
+    add_encoder_arguments,
+    add_image_arguments,
+    add_work_arguments,
+    check_arguments,
+    describe_images,
+    name_or_absolute_path,
+    open_image_encoder,
+    open_images,
+)
+from diffusers_gmem.data.shards import (
+    SKIPPED_NAME,
+    compute_shards,
+    memory_bank_of_shards,
+    open_folder,
+    write_skipped_images,
+)
+
+
+logger = get_logger(__name__)
+
+PARTS_FOLDER = "parts"
+
+
+def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Build a memory bank from images or embeddings.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add_image_arguments(parser)
+    embeddings = parser.add_argument_group("embeddings, instead of images")
+    embeddings.add_argument("--embeddings", type=str, help="Array (N, D) in a .npy file, or a .parquet file.")
+    embeddings.add_argument(
+        "--embedding_column", type=str, help="Column of the vectors, in the .parquet file or the data set."
+    )
+    embeddings.add_argument("--embedding_labels", type=str, help="For .npy: integers (N,) in another .npy file.")
+    add_encoder_arguments(parser)
+    work = add_work_arguments(parser)
+    work.add_argument(
+        "--bank_dtype", type=str, default="float32", choices=list(DTYPES), help="In which the snippets are kept."
+    )
+    # So that embeddings are not said to be of an encoder that nobody named
+    parser.set_defaults(image_encoder=None)
+    args = parser.parse_args(input_args)
+    check_arguments(parser, args)
+    if args.embeddings is not None and (args.train_data_dir or args.dataset_name or args.webdataset):
+        parser.error("give either --embeddings or a source of images.")
+    if args.embeddings is not None and (args.embedding_column is None) != (Path(args.embeddings).suffix == ".npy"):
+        parser.error(f"--embedding_column goes with a .parquet file, got --embeddings {args.embeddings}.")
+    if args.embedding_labels is not None and not str(args.embeddings).endswith(".npy"):
+        parser.error("--embedding_labels goes with --embeddings of a .npy file.")
+    return args
+
+
+def load_embeddings(args: argparse.Namespace) -> GMemMemoryBank:
+    """The bank of vectors that are there already, row by row."""
+    provenance = {"encoder": args.image_encoder, "encoder_revision": args.image_encoder_revision}
+    dtype = DTYPES[args.bank_dtype]
+    if args.embedding_column is None:
+        array = np.load(args.embeddings, mmap_mode="c")
+        if array.ndim != 2 or array.dtype not in (np.float16, np.float32, np.float64):
+            raise ValueError(
+                f"{args.embeddings} must hold numbers of shape (N, D), got {array.dtype} of shape {array.shape}."
+            )
+        labels = None if args.embedding_labels is None else torch.from_numpy(np.load(args.embedding_labels))
+        return GMemMemoryBank(
+            torch.from_numpy(array).to(dtype), labels, source_dataset=Path(args.embeddings).name, **provenance
+        )
+
+    if args.embeddings is not None:
+        dataset = datasets.load_dataset("parquet", data_files=args.embeddings, split="train", cache_dir=args.cache_dir)
+    else:
+        dataset = datasets.load_dataset(
+            args.dataset_name, args.dataset_config_name, split=args.split, cache_dir=args.cache_dir
+        )
+    if args.embedding_column not in dataset.column_names:
+        raise ValueError(f"There is no column {args.embedding_column!r}: there are {dataset.column_names}.")
+    column = dataset.select_columns(args.embedding_column).with_format("numpy")
+    width = len(column[0][args.embedding_column])
+    snippets = torch.empty(len(column), width, dtype=dtype)
+    for start in tqdm(range(0, len(column), 4096), desc="Embeddings"):
+        rows = column[start : start + 4096][args.embedding_column]
+        if rows.dtype == object or rows.shape[1:] != (width,):
+            raise ValueError(
+                f"The vectors of {args.embedding_column!r} must all have the length {width} of the first."
+            )
+        snippets[start : start + len(rows)] = torch.from_numpy(rows)
+    labels, id2label = None, None
+    if args.label_column in dataset.column_names:
+        labels = list(dataset[args.label_column])
+        names = getattr(dataset.features[args.label_column], "names", None)
+        id2label = None if names is None else dict(enumerate(names))
+    source = args.dataset_name or Path(args.embeddings).name
+    return GMemMemoryBank(snippets, labels, id2label=id2label, source_dataset=source, **provenance)
+
+
+def main(args: argparse.Namespace) -> None:
+    # A process that is done waits for the others, however long they take
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))])
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    torch.set_num_threads(args.num_threads)
+    torch.backends.cudnn.deterministic = True
+    folder = Path(args.output_dir)
+    if (folder / "config.json").exists():
+        raise ValueError(f"There is a {GMemMemoryBank.from_pretrained(folder)} already: take another --output_dir.")
+    accelerator.wait_for_everyone()
+
+    if args.embeddings is not None or args.embedding_column is not None:
+        if accelerator.is_main_process:
+            bank = load_embeddings(args)
+            bank.save_pretrained(folder)
+            logger.info(f"{folder}: {bank}.")
+        accelerator.end_training()
+        return
+
+    # 1. Images and encoder
+    args.image_encoder = args.image_encoder or "facebook/dinov2-base"
+    with accelerator.main_process_first():
+        images = open_images(args)
+        encoder, processor = open_image_encoder(args)
+    encoder.to(accelerator.device)
+    provenance = {
+        "encoder": name_or_absolute_path(args.image_encoder),
+        "encoder_revision": args.image_encoder_revision,
+        "preprocessing": processor.to_dict(),
+    }
+    settings = {
+        **describe_images(images),
+        **provenance,
+        "skip_bad_images": args.skip_bad_images,
+        "bank_dtype": args.bank_dtype,
+        "model_dtype": args.model_dtype,
+        "batch_size": args.batch_size,
+        "shard_size": args.shard_size,
+        "num_threads": args.num_threads,
+    }
+    parts = folder / PARTS_FOLDER
+    with accelerator.main_process_first():
+        open_folder(parts, settings)
+
+    # 2. The snippets
+    def prepare(image: PIL.Image.Image) -> dict[str, torch.Tensor]:
+        return {"pixel_values": processor(images=image, return_tensors="pt").pixel_values[0]}
+
+    def encode(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        pixel_values = inputs["pixel_values"].to(accelerator.device, non_blocking=True)
+        snippets, _ = encode_pixel_values(encoder, pixel_values)
+        return {"snippets": snippets.to(DTYPES[args.bank_dtype]).cpu()}
+
+    shards = compute_shards(
+        accelerator,
+        parts,
+        "snippets",
+        images,
+        prepare,
+        encode,
+        args.shard_size,
+        args.batch_size,
+        skip_bad_images=args.skip_bad_images,
+        num_workers=args.dataloader_num_workers,
+    )
+
+    # 3. The bank
+    if accelerator.is_main_process:
+        bank = memory_bank_of_shards(parts, shards, images, **provenance)
+        num_skipped = write_skipped_images(folder / SKIPPED_NAME, parts, shards)
+        bank.save_pretrained(folder)
+        shutil.rmtree(parts)
+        logger.info(f"{folder}: {bank}.")
+        if num_skipped > 0:
+            logger.warning(f"{num_skipped} images could not be read and were left out: {folder / SKIPPED_NAME}")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main(parse_args())

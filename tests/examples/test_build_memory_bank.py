@@ -1,0 +1,233 @@
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from sklearn.datasets import load_digits
+
+from diffusers_gmem import GMemMemoryBank
+from diffusers_gmem.data import ImageSource, compute_snippets, load_image_encoder
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "build_memory_bank.py"
+NUM_IMAGES = 50
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("build_memory_bank", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    folder = tmp_path_factory.mktemp("build_memory_bank")
+    digits = load_digits()
+    for number in range(NUM_IMAGES):
+        path = folder / "images" / str(digits.target[number]) / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.fromarray((digits.images[number] * 15.9).astype(np.uint8)).save(path)
+    torch.manual_seed(0)
+    config = Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
+    )
+    Dinov2Model(config).save_pretrained(folder / "encoder")
+    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
+        folder / "encoder"
+    )
+    return folder
+
+
+def arguments(output_dir, **values):
+    command = ["--output_dir", str(output_dir)]
+    for name, value in values.items():
+        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return command
+
+
+def image_arguments(workplace, output_dir, **overrides):
+    values = {
+        "train_data_dir": workplace / "images",
+        "image_encoder": workplace / "encoder",
+        "cache_dir": workplace / "cache",
+        "image_preprocessing": "own",
+        "batch_size": 4,
+        "shard_size": 10,
+    }
+    return arguments(output_dir, **(values | overrides))
+
+
+def run(script, command):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    script.main(script.parse_args(command))
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(script, workplace):
+    run(script, image_arguments(workplace, workplace / "finished"))
+    return workplace / "finished"
+
+
+def test_row_k_is_the_snippet_of_image_k(finished, workplace):
+    bank = GMemMemoryBank.from_pretrained(finished)
+    bank.verify()
+    source = ImageSource(str(workplace / "images"), cache_dir=str(workplace / "cache"))
+    encoder, processor = load_image_encoder(str(workplace / "encoder"))
+    torch.testing.assert_close(bank[:], compute_snippets(source, encoder, processor), rtol=1e-4, atol=1e-5)
+    assert bank.labels.tolist() == source.labels
+    assert bank.id2label == source.id2label
+    assert bank.metadata["image"].to_pylist() == [source.image_name(index) for index in range(NUM_IMAGES)]
+    assert bank.encoder == str(workplace / "encoder")
+    assert bank.preprocessing == json.loads(json.dumps(processor.to_dict()))
+    assert bank.source_dataset == "images"
+    assert not (finished / "parts").exists()
+
+
+def test_a_finished_bank_is_left_alone(script, finished, workplace):
+    with pytest.raises(ValueError, match=r"There is a GMemMemoryBank\(50 snippets.* already"):
+        run(script, image_arguments(workplace, finished))
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_bytes(finished, workplace, tmp_path):
+    driver = tmp_path / "driver.py"
+    driver.write_text(
+        "import accelerate, runpy\n"
+        "assert accelerate.Accelerator().num_processes == 2\n"
+        f"runpy.run_path({str(SCRIPT)!r}, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    subprocess.run(
+        [*command, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(driver)]
+        + image_arguments(workplace, tmp_path / "two"),
+        check=True,
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"},
+    )
+    assert contents(tmp_path / "two") == contents(finished)
+
+
+@pytest.mark.slow
+def test_killed_and_restarted_it_writes_the_same_bytes(script, workplace, tmp_path):
+    small = {"shard_size": 1, "batch_size": 1}
+    run(script, image_arguments(workplace, tmp_path / "whole", **small))
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([sys.executable, SCRIPT, *image_arguments(workplace, killed, **small)])
+    while not list(killed.glob("parts/snippets-00005*.safetensors")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 5 <= len(list(killed.glob("parts/*.safetensors"))) < NUM_IMAGES
+    with pytest.raises(ValueError, match="batch_size: 1 there, 2 now"):
+        run(script, image_arguments(workplace, killed, shard_size=1, batch_size=2))
+    run(script, image_arguments(workplace, killed, **small))
+    assert contents(killed) == contents(tmp_path / "whole")
+
+
+def test_broken_images_are_skipped_and_listed(script, workplace, tmp_path, caplog):
+    for number in range(4):
+        path = tmp_path / "images" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        PIL.Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(path)
+    path.write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"3\.png\) cannot be read"):
+        run(script, image_arguments(workplace, tmp_path / "stopped", train_data_dir=tmp_path / "images"))
+    options = {"train_data_dir": tmp_path / "images", "skip_bad_images": True, "bank_dtype": "float16"}
+    run(script, image_arguments(workplace, tmp_path / "out", **options))
+    bank = GMemMemoryBank.from_pretrained(tmp_path / "out")
+    assert bank.metadata["image"].to_pylist() == ["0.png", "1.png", "2.png"]
+    assert bank.dtype == torch.float16
+    assert "3.png" in (tmp_path / "out" / "skipped_images.txt").read_text()
+    assert "1 images could not be read" in caplog.text
+
+
+def test_embeddings_of_a_numpy_file(script, tmp_path):
+    embeddings = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
+    np.save(tmp_path / "clip.npy", embeddings)
+    np.save(tmp_path / "labels.npy", np.arange(7) % 2)
+    command = arguments(
+        tmp_path / "out",
+        embeddings=tmp_path / "clip.npy",
+        embedding_labels=tmp_path / "labels.npy",
+        image_encoder="org/clip",
+    )
+    run(script, command)
+    bank = GMemMemoryBank.from_pretrained(tmp_path / "out")
+    assert np.array_equal(bank[:].numpy(), embeddings)
+    assert bank.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
+    assert (bank.encoder, bank.source_dataset) == ("org/clip", "clip.npy")
+
+    np.save(tmp_path / "flat.npy", np.arange(3))
+    with pytest.raises(ValueError, match=r"flat\.npy must hold numbers of shape \(N, D\), got int64 of shape \(3,\)"):
+        run(script, arguments(tmp_path / "flat", embeddings=tmp_path / "flat.npy"))
+
+
+@pytest.mark.parametrize("as_data_set", [False, True])
+def test_embeddings_of_a_column(script, tmp_path, as_data_set):
+    embeddings = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
+    features = datasets.Features(
+        embedding=datasets.List(datasets.Value("float32")), label=datasets.ClassLabel(names=["cup", "mug"])
+    )
+    (tmp_path / "data").mkdir()
+    dataset = datasets.Dataset.from_dict(
+        {"embedding": list(embeddings), "label": [0, 1, 0, 1, 0, 1, 0]}, features=features
+    )
+    dataset.to_parquet(tmp_path / "data" / "train.parquet")
+    source = (
+        {"dataset_name": tmp_path / "data"} if as_data_set else {"embeddings": tmp_path / "data" / "train.parquet"}
+    )
+    options = source | {"embedding_column": "embedding", "cache_dir": tmp_path / "cache"}
+    run(script, arguments(tmp_path / "out", **options))
+    bank = GMemMemoryBank.from_pretrained(tmp_path / "out")
+    assert np.array_equal(bank[:].numpy(), embeddings)
+    assert bank.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
+    assert bank.id2label == {0: "cup", 1: "mug"}
+    assert bank.encoder is None
+    with pytest.raises(ValueError, match=r"no column 'vector': there are \['embedding', 'label'\]"):
+        run(script, arguments(tmp_path / "other", **(options | {"embedding_column": "vector"})))
+
+
+def test_vectors_of_unequal_length_are_refused(script, tmp_path):
+    dataset = datasets.Dataset.from_dict({"embedding": [[1.0, 2.0], [3.0]]})
+    dataset.to_parquet(tmp_path / "train.parquet")
+    options = {
+        "embeddings": tmp_path / "train.parquet",
+        "embedding_column": "embedding",
+        "cache_dir": tmp_path / "cache",
+    }
+    with pytest.raises(ValueError, match="must all have the length 2 of the first"):
+        run(script, arguments(tmp_path / "out", **options))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["--embeddings", "a.npy", "--train_data_dir", "b"], "either --embeddings or a source of images"),
+        (["--embeddings", "a.parquet"], "--embedding_column goes with a .parquet file"),
+        (["--embeddings", "a.npy", "--embedding_column", "b"], "--embedding_column goes with a .parquet file"),
+        (["--embedding_labels", "a.npy"], "--embedding_labels goes with --embeddings of a .npy file"),
+    ],
+)
+def test_wrong_arguments_are_refused(script, capsys, command, message):
+    with pytest.raises(SystemExit):
+        script.parse_args(["--output_dir", "out", *command])
+    assert message in capsys.readouterr().err
