@@ -16,8 +16,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffusers_gmem.models import memory_bank
 from diffusers_gmem.models.memory_bank import GMemMemoryBank
+from diffusers_gmem.models.memory_bank_files import sha256_of_file
 
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -83,6 +83,15 @@ def test_properties():
     assert repr(bank) == "GMemMemoryBank(10 snippets of dimension 6, float32, with labels, encoder 'org/encoder')"
     plain = GMemMemoryBank(rows())
     assert plain.labels is None and plain.metadata is None and plain.id2label is None and plain.preprocessing is None
+
+
+def test_the_rows_are_copied_unless_the_caller_keeps_them_unchanged():
+    snippets = rows()
+    copied, shared = GMemMemoryBank(snippets), GMemMemoryBank(snippets, copy=False)
+    low_rank = GMemMemoryBank.from_low_rank(snippets, torch.eye(6), torch.zeros(6), copy=False)
+    snippets[3] = 7
+    assert torch.equal(copied[:], rows())
+    assert torch.equal(shared[3], snippets[3]) and torch.equal(low_rank[3], snippets[3])
 
 
 @pytest.mark.parametrize(
@@ -239,7 +248,6 @@ def test_sample_limits():
 
 
 @pytest.mark.gpu
-@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_sample_with_a_generator_on_a_gpu():
     draws = [make_bank().sample(5, torch.Generator("cuda").manual_seed(0), replacement=r) for r in (True, True, False)]
@@ -389,6 +397,7 @@ def swap(path, other):
         (lambda path: path.write_bytes(path.read_bytes() + b"more"), "too long"),
         (lambda path: path.write_bytes(b"\xff" * path.stat().st_size), "not a readable safetensors file"),
         (lambda path: rewrite(path, rows=load_file(path)["snippets"]), r"'snippets' alone.*\['rows'\]"),
+        (lambda path: rewrite(path, **load_file(path), more=torch.ones(1)), "'snippets' alone.*'more'"),
         (lambda path: rewrite(path, snippets=load_file(path)["snippets"].half()), "dtype.*float16.*float32"),
         (lambda path: rewrite(path, snippets=load_file(path)["snippets"].view(torch.int32)), "dtype.*int32.*float32"),
         (lambda path: rewrite(path, snippets=load_file(path)["snippets"][:1]), r"shape.*\(1, 6\).*\(3, 6\)"),
@@ -470,8 +479,8 @@ def test_unreadable_config(content, folder):
 def test_no_bank_at_all(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"{tmp_path / 'bank' / 'config.json'}"):
         GMemMemoryBank.from_pretrained(tmp_path, subfolder="bank")
-    with pytest.raises(FileNotFoundError, match="org/bank/config.json"):
-        GMemMemoryBank.from_pretrained("org/bank")
+    with pytest.raises(FileNotFoundError, match="neither a local folder nor a repository of the Hub"):
+        GMemMemoryBank.from_pretrained(tmp_path / "nothing")
 
 
 def overwrite(path, offset, content):
@@ -482,7 +491,7 @@ def overwrite(path, offset, content):
 
 def put_sha256(folder, name):
     """Makes `config.json` agree with a changed file, so that only the changed content can give it away."""
-    digest = memory_bank._sha256(folder / name)
+    digest = sha256_of_file(folder / name)
 
     def edit(config):
         files = config["files"]

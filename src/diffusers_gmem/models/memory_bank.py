@@ -6,8 +6,8 @@ import hashlib
 import json
 import operator
 import os
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,34 +15,80 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from accelerate.utils import convert_file_size_to_int
 from diffusers.utils import logging
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import CommitInfo
+from safetensors import SafetensorError
 from safetensors.torch import save_file
+
+from ..hub.locate import locate_memory_bank
+from .low_rank import low_rank_basis
+from .memory_bank_files import (
+    CLASS_NAME,
+    CONFIG_NAME,
+    FORMAT_VERSION,
+    METADATA_NAME,
+    TEMPORARY_CONFIG,
+    TEMPORARY_FILE,
+    BankFile,
+    Manifest,
+    check_sha256,
+    check_size,
+    dtype_name,
+    first_nonfinite_row,
+    flush,
+    flush_folder,
+    metadata_alias,
+    metadata_path,
+    open_tensors,
+    read_config,
+    sha256_of_file,
+    tidy,
+)
+from .snippet_mixing import INTERPOLATION_METHODS, interpolate_snippets, unit_sum
+from .snippet_search import SEARCH_METRICS, nearest_snippets
+from .snippet_storage import STORED_DTYPES, SnippetCodec, SnippetStorage, StoredRows, encode_pieces
 
 
 if TYPE_CHECKING:
     import pyarrow
 
 
-CONFIG_NAME = "config.json"
-METADATA_NAME = "metadata.parquet"
-FORMAT_VERSION = 1
+logger = logging.get_logger(__name__)
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Everything that a save writes, `config.json` and `metadata.parquet` apart. The eight digits are the start of the file's
-# SHA-256, so that a file never takes the name of another with other content.
-_OWN_FILE = re.compile(
-    r"memory_bank-((\d+-of-\d+|labels)-[0-9a-f]{8}\.safetensors|metadata-[0-9a-f]{8}\.parquet|(file|config)\.tmp)"
-)
-_FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class _File(NamedTuple):
-    """One file of a saved bank, as `config.json` lists it."""
+class _Edit(NamedTuple):
+    """One step in the history of a bank. A parent is its fingerprint, or a bank whose fingerprint may never be needed."""
 
-    file: str
-    rows: int
-    bytes: int
-    sha256: str
+    record: dict[str, Any]
+    parents: tuple["GMemMemoryBank | str", ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _MetadataFile:
+    """The `metadata.parquet` of an opened bank: read once, when it is first needed, for it and for all banks that edits
+    made from it."""
+
+    folder: Path
+    entry: BankFile
+
+    @cached_property
+    def schema(self) -> "pyarrow.Schema":
+        import pyarrow.parquet
+
+        return pyarrow.parquet.read_schema(metadata_path(self.folder, self.entry))
+
+    @cached_property
+    def table(self) -> "pyarrow.Table":
+        import pyarrow.parquet
+
+        path = metadata_path(self.folder, self.entry)
+        check_size(path, self.entry)
+        check_sha256(path, self.entry)
+        table = pyarrow.parquet.read_table(path)
+        if table.num_rows != self.entry.rows:
+            raise ValueError(f"{path} has {table.num_rows} rows, but the bank has {self.entry.rows}.")
+        return table
 
 
 class GMemMemoryBank:
@@ -54,9 +100,16 @@ class GMemMemoryBank:
     when it is made from a tensor, memory-mapped when it is opened with [`~GMemMemoryBank.from_pretrained`]; the caller
     moves the few rows that it gathers. `len(bank)` is N.
 
+    The rows are the snippets themselves, or, in a bank of low rank ([`~GMemMemoryBank.from_low_rank`],
+    [`~GMemMemoryBank.compress`]), coefficients of a basis. Every method takes and returns snippets.
+
+    Edits ([`~GMemMemoryBank.extend`], [`~GMemMemoryBank.without`], [`~GMemMemoryBank.select`],
+    [`~GMemMemoryBank.merge`], [`~GMemMemoryBank.compress`]) return a new bank. It shares the rows of the old one, and
+    remembers what it was made from ([`~GMemMemoryBank.history`]).
+
     Args:
         snippets (`torch.Tensor` of shape `(N, D)`):
-            The rows, float32, float16 or bfloat16, finite, N and D at least 1. They are copied to the CPU.
+            The rows, float32, float16 or bfloat16, finite, N and D at least 1. They are copied to the CPU (see `copy`).
         labels (`torch.Tensor` of shape `(N,)` or `list[int]`, *optional*):
             One integer class label per row.
         metadata (`dict[str, list]` or `pyarrow.Table`, *optional*):
@@ -73,6 +126,9 @@ class GMemMemoryBank:
             The data set that the snippets were made from.
         normalized (`bool`, defaults to `False`):
             Whether the rows have been scaled to unit length. A record: the bank itself never changes a row.
+        copy (`bool`, defaults to `True`):
+            `False` takes a contiguous tensor on the CPU as it is, such as one that is mapped from a file. Nobody may
+            change it then.
 
     Raises:
         `TypeError`: `snippets` is not a tensor, `labels` are not integers, `id2label` does not map integers to names,
@@ -92,60 +148,88 @@ class GMemMemoryBank:
         preprocessing: Mapping[str, Any] | None = None,
         source_dataset: str | None = None,
         normalized: bool = False,
+        copy: bool = True,
     ):
-        if not isinstance(snippets, torch.Tensor):
-            raise TypeError(f"`snippets` has to be a torch.Tensor of shape (N, D), but is {type(snippets)}.")
-        if snippets.ndim != 2 or snippets.numel() == 0:
+        snippets = _checked("snippets", snippets, ("N", "D"), copy=copy)
+        self._initialize(
+            SnippetStorage(SnippetCodec(snippets.dtype), (StoredRows(snippets),)),
+            labels,
+            metadata,
+            id2label,
+            encoder=encoder,
+            encoder_revision=encoder_revision,
+            preprocessing=preprocessing,
+            source_dataset=source_dataset,
+            normalized=normalized,
+        )
+
+    @classmethod
+    def from_low_rank(
+        cls, coefficients: torch.Tensor, basis: torch.Tensor, mean: torch.Tensor, *, copy: bool = True, **kwargs
+    ) -> "GMemMemoryBank":
+        """
+        A bank of low rank r, whose snippet i is `basis @ coefficients[i] + mean`.
+
+        Args:
+            coefficients (`torch.Tensor` of shape `(N, r)`):
+                The rows, float32, float16 or bfloat16, finite, N and r at least 1. They are copied to the CPU.
+            basis (`torch.Tensor` of shape `(D, r)`): Its columns need not be orthogonal; kept in float32.
+            mean (`torch.Tensor` of shape `(D,)`): Kept in float32.
+            copy (`bool`, defaults to `True`): As of the class, of the coefficients.
+            kwargs: `labels`, `metadata`, `id2label`, `encoder`, ... of the class.
+
+        Raises:
+            `TypeError`, `ValueError`: as the class, and shapes that do not fit each other.
+        """
+        coefficients = _checked("coefficients", coefficients, ("N", "r"), copy=copy)
+        basis = _checked("basis", basis, ("D", "r")).float()
+        mean = _checked("mean", mean, ("D",)).float()
+        if basis.shape != (len(mean), coefficients.shape[1]):
             raise ValueError(
-                f"`snippets` has to be of shape (N, D) with N and D at least 1, but is of shape {tuple(snippets.shape)}."
+                f"`basis` has to be of shape {(len(mean), coefficients.shape[1])}, as `mean` and `coefficients` say, but is of"
+                f" shape {tuple(basis.shape)}."
             )
-        if snippets.dtype not in _DTYPES.values():
-            raise ValueError(f"`snippets` has to be one of {', '.join(_DTYPES)}, but is {snippets.dtype}.")
-        snippets = snippets.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        bad_row = _first_nonfinite_row(snippets)
-        if bad_row is not None:
-            raise ValueError(f"`snippets` has to be finite, but row {bad_row} holds NaN or infinity.")
-        count = snippets.shape[0]
+        bank = cls.__new__(cls)
+        codec = SnippetCodec(coefficients.dtype, basis, mean)
+        bank._initialize(SnippetStorage(codec, (StoredRows(coefficients),)), **kwargs)
+        return bank
 
-        if labels is not None:
-            labels = torch.as_tensor(labels)
-            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-                raise TypeError(f"`labels` have to be integers, but are {labels.dtype}.")
-            if labels.shape != (count,):
-                raise ValueError(f"`labels` has to be of shape ({count},), but is of shape {tuple(labels.shape)}.")
-            labels = labels.detach().to("cpu", torch.int64, copy=True).contiguous()
-
-        if metadata is not None:
-            import pyarrow
-
-            if not isinstance(metadata, pyarrow.Table):
-                metadata = pyarrow.table(dict(metadata))
-            if metadata.num_rows != count:
-                raise ValueError(f"`metadata` has to have {count} rows, but has {metadata.num_rows}.")
-
+    def _initialize(
+        self,
+        storage: SnippetStorage,
+        labels: torch.Tensor | Sequence[int] | None = None,
+        metadata: "Mapping[str, Sequence] | pyarrow.Table | None" = None,
+        id2label: Mapping[int, str] | None = None,
+        *,
+        encoder: str | None = None,
+        encoder_revision: str | None = None,
+        preprocessing: Mapping[str, Any] | None = None,
+        source_dataset: str | None = None,
+        normalized: bool = False,
+    ) -> None:
         if id2label is not None:
             id2label = dict(id2label)
             for i, name in id2label.items():
                 if not isinstance(i, int) or not isinstance(name, str):
                     raise TypeError(f"`id2label` has to map integers to names, but maps {i!r} to {name!r}.")
-
         try:
             preprocessing = json.loads(json.dumps(preprocessing))
         except (TypeError, ValueError) as error:
             raise TypeError(f"`preprocessing` has to fit into JSON, but does not: {error}.") from error
 
         self._set(
-            _blocks=(snippets,),
-            _labels=labels,
-            metadata=metadata,
+            _storage=storage,
+            _labels=None if labels is None else _as_labels(labels, len(storage)),
+            _metadata_parts=(len(storage) if metadata is None else _as_table(metadata, len(storage)),),
             _id2label=id2label,
             encoder=encoder,
             encoder_revision=encoder_revision,
             _preprocessing=preprocessing,
             source_dataset=source_dataset,
             normalized=bool(normalized),
+            _history=(),
             _folder=None,
-            _files={},
+            _manifest=None,
         )
 
     def _set(self, **attributes) -> None:
@@ -157,12 +241,12 @@ class GMemMemoryBank:
     # What the bank holds
 
     def __len__(self) -> int:
-        return sum(block.shape[0] for block in self._blocks)
+        return len(self._storage)
 
     @property
     def dim(self) -> int:
         """The dimension D of a snippet."""
-        return self._blocks[0].shape[1]
+        return self._storage.dim
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -170,9 +254,35 @@ class GMemMemoryBank:
         return len(self), self.dim
 
     @property
+    def rank(self) -> int | None:
+        """The number r of coefficients of a row, or `None` where the rows are the snippets themselves."""
+        return self._storage.codec.rank
+
+    @property
     def dtype(self) -> torch.dtype:
-        """The stored dtype, which is also that of every row that the bank returns."""
-        return self._blocks[0].dtype
+        """The stored dtype: float32, float16, bfloat16 or int8.
+
+        It is also that of the snippets that the bank returns. Only those that it has to compute, from coefficients or
+        from int8 numbers, are float32.
+        """
+        return self._storage.codec.dtype
+
+    @property
+    def coefficients(self) -> torch.Tensor | None:
+        """A copy of all coefficients of a bank of low rank, float32 of shape `(N, r)`, or `None`."""
+        if self.rank is None:
+            return None
+        return self._storage.stored(torch.arange(len(self))).numbers.float()
+
+    @property
+    def basis(self) -> torch.Tensor | None:
+        """A copy of the basis of a bank of low rank, float32 of shape `(D, r)`, or `None`."""
+        return None if self.rank is None else self._storage.codec.basis.clone()
+
+    @property
+    def mean(self) -> torch.Tensor | None:
+        """A copy of the mean of a bank of low rank, float32 of shape `(D,)`, or `None`."""
+        return None if self.rank is None else self._storage.codec.mean.clone()
 
     @property
     def labels(self) -> torch.Tensor | None:
@@ -196,38 +306,74 @@ class GMemMemoryBank:
         Raises:
             `FileNotFoundError`, `ValueError`: the file is gone, or is not the one that the bank was opened with.
         """
-        entry = self._files["metadata"]
-        if entry is None:
+        if all(isinstance(part, int) for part in self._metadata_parts):
             return None
-        import pyarrow.parquet
+        import pyarrow
 
-        path = _metadata_path(self._folder, entry)
-        _check_size(path, entry)
-        _check_sha256(path, entry)
-        table = pyarrow.parquet.read_table(path)
-        if table.num_rows != len(self):
-            raise ValueError(f"{path} has {table.num_rows} rows, but the bank has {len(self)}.")
-        return table
+        parts = [part.table if isinstance(part, _MetadataFile) else part for part in self._metadata_parts]
+        if len(parts) > 1:
+            schema = _joint_schema(parts)
+            parts = [_null_table(schema, part) if isinstance(part, int) else part for part in parts]
+        table = pyarrow.concat_tables(parts, promote_options="permissive")
+        rows = self._storage.rows
+        return table if rows is None else _take_rows(table, rows)
 
     @cached_property
     def fingerprint(self) -> str:
-        """`"sha256:"` and 64 hexadecimal digits over the dtype, the shape, the rows and the labels, in order.
+        """`"sha256:"` and 64 hexadecimal digits over the dtype, the shape, the rows and the labels, in order; of a bank of
+        low rank over the basis and the mean too.
 
-        It does not depend on metadata, on the split into files or on the record of the encoder. Computed when first
-        asked for; an opened bank takes it from its `config.json` (`verify` computes it anew).
+        It does not depend on metadata, on the split into files, on the record of the encoder or on the history. Computed
+        when first asked for; an opened bank takes it from its `config.json` (`verify` computes it anew).
         """
         return self._compute_fingerprint()
 
     def _compute_fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{_dtype_name(self.dtype)} {len(self)} {self.dim}\n".encode())
-        for block in self._blocks:
-            digest.update(block.view(torch.uint8).reshape(-1).numpy())
+        codec = self._storage.codec
+        rank = "" if self.rank is None else f" rank {self.rank}"
+        digest = hashlib.sha256(f"{dtype_name(self.dtype)} {len(self)} {self.dim}{rank}\n".encode())
+        for _, piece in self._storage.pieces():
+            digest.update(_bytes(piece.codes))
+        if self.dtype == torch.int8:
+            for _, piece in self._storage.pieces():
+                digest.update(_bytes(piece.scales))
+        if self.rank is not None:
+            digest.update(_bytes(codec.basis))
+            digest.update(_bytes(codec.mean))
         if self._labels is not None:
-            digest.update(self._labels.numpy())
+            digest.update(_bytes(self._labels))
         return f"sha256:{digest.hexdigest()}"
 
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The edits that led to this bank, the oldest first.
+
+        Each names its kind as `edit`, the fingerprints of the bank or banks that it was made to as `parents`, and the
+        resulting number of rows as `count`; beside them what the method says. What was removed is counted, not named.
+        Fingerprints of banks that were never saved are computed when they are first asked for.
+        """
+        return [
+            {
+                **edit.record,
+                "parents": [parent if isinstance(parent, str) else parent.fingerprint for parent in edit.parents],
+            }
+            for edit in self._history
+        ]
+
+    def descends_from(self, fingerprint: str) -> bool:
+        """Whether a fingerprint is that of this bank or of one that edits made it from."""
+        return fingerprint == self.fingerprint or any(fingerprint in edit["parents"] for edit in self.history)
+
+    @property
+    def reconstruction_error(self) -> float | None:
+        """How much the last [`~GMemMemoryBank.compress`] lost, relative to the bank before it, or `None`."""
+        errors = [edit.record["reconstruction_error"] for edit in self._history if edit.record["edit"] == "compress"]
+        return errors[-1] if errors else None
+
     def __repr__(self) -> str:
-        parts = [f"{len(self)} snippets of dimension {self.dim}", _dtype_name(self.dtype)]
+        parts = [f"{len(self)} snippets of dimension {self.dim}", dtype_name(self.dtype)]
+        if self.rank is not None:
+            parts.append(f"rank {self.rank}")
         if self._labels is not None:
             parts.append("with labels")
         if self.encoder is not None:
@@ -240,7 +386,7 @@ class GMemMemoryBank:
 
     def __getitem__(self, index: int | slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
         """
-        Gathers rows on the CPU, always as a copy in the stored dtype.
+        Gathers snippets on the CPU, always as a copy.
 
         Args:
             index (`int`, `slice`, `list[int]` or `torch.Tensor`):
@@ -254,16 +400,16 @@ class GMemMemoryBank:
             `IndexError`: a row number outside `-N` to `N - 1`, or a mask of another shape.
             `TypeError`: anything but integers.
         """
-        if isinstance(index, slice):
-            rows = range(*index.indices(len(self)))
-            return self._gather(torch.arange(len(rows)) * rows.step + rows.start)
-        # A tensor of one element also passes for an integer, but asks for a list of one row
-        if getattr(index, "ndim", 0) == 0 and hasattr(index, "__index__"):
-            return self._gather(self._row_numbers([operator.index(index)]))[0]
-        return self._gather(self._row_numbers(index))
+        snippets = self._storage.gather(self._row_numbers(index))
+        return snippets[0] if _is_row_number(index) else snippets
 
-    def _row_numbers(self, index: Sequence[int] | torch.Tensor) -> torch.Tensor:
+    def _row_numbers(self, index: int | slice | Sequence[int] | torch.Tensor) -> torch.Tensor:
         count = len(self)
+        if isinstance(index, slice):
+            rows = range(*index.indices(count))
+            return torch.arange(len(rows)) * rows.step + rows.start
+        if _is_row_number(index):
+            index = [operator.index(index)]
         rows = torch.as_tensor(index, device="cpu")
         if rows.dtype == torch.bool:
             if rows.shape != (count,):
@@ -278,15 +424,6 @@ class GMemMemoryBank:
         if outside.numel():
             raise IndexError(f"row {outside[0]} is not in the bank: accepted are {-count} to {count - 1}.")
         return torch.where(rows < 0, rows + count, rows)
-
-    def _gather(self, rows: torch.Tensor) -> torch.Tensor:
-        snippets = torch.empty(len(rows), self.dim, dtype=self.dtype)
-        start = 0
-        for block in self._blocks:
-            here = (rows >= start) & (rows < start + block.shape[0])
-            snippets[here] = block[rows[here] - start]
-            start += block.shape[0]
-        return snippets
 
     def indices_of(self, class_labels: int | str | Sequence[int | str]) -> torch.Tensor:
         """
@@ -375,7 +512,345 @@ class GMemMemoryBank:
         else:
             drawn = torch.randperm(available, generator=generator, device=device)[:n].cpu()
         indices = drawn if rows is None else rows[drawn]
-        return self._gather(indices), indices
+        return self._storage.gather(indices), indices
+
+    # New snippets from those of the bank
+
+    def interpolate(
+        self,
+        i: int | torch.Tensor,
+        j: int | torch.Tensor,
+        num: int,
+        method: str = "linear",
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """
+        Snippets between two snippets, for `pipe(memory=...)`.
+
+        The k-th has the weight alpha = k / (num - 1) of the second: the first of `num` stands for the first snippet and the
+        last for the second. All are scaled to unit length.
+
+        Args:
+            i, j (`int` or `torch.Tensor` of shape `(D,)`): Row numbers, or snippets themselves.
+            num (`int`): How many, at least 1.
+            method (`str`, defaults to `"linear"`):
+                - `"linear"`: (1 - alpha) a + alpha b, of a and b as they are.
+                - `"slerp"`: along the great circle between the directions of a and b, at constant speed.
+                - `"concat"`: the first half of the entries (rounded down) of a, the others of b, whatever alpha.
+                - `"mask"`: each entry of a or b by the toss of a coin, anew for each of `num`, whatever alpha.
+            generator (`torch.Generator`, *optional*): Draws the masks; on any device.
+
+        Returns:
+            `torch.Tensor` of shape `(num, D)`, float32, on the CPU.
+
+        Raises:
+            `IndexError`, `ValueError`: a row that is not in the bank, a snippet of another shape, an unknown method,
+                `"slerp"` of opposite snippets, or a result that is the zero vector.
+        """
+        if method not in INTERPOLATION_METHODS:
+            raise ValueError(f"`method` is {method!r}, but accepted are {_some(list(INTERPOLATION_METHODS))}.")
+        if num < 1:
+            raise ValueError(f"`num` is {num}, but accepted is 1 or more.")
+        first, second = self._snippets(i).double().cpu(), self._snippets(j).double().cpu()
+        if first.ndim != 1 or second.ndim != 1:
+            raise ValueError(f"`i` and `j` have to be one snippet each, but are {len(first)} and {len(second)}.")
+        take_first = None
+        if method == "mask":
+            device = "cpu" if generator is None else generator.device
+            take_first = torch.rand(num, self.dim, generator=generator, device=device).cpu() > 0.5
+        alphas = torch.linspace(0, 1, num, dtype=torch.float64)
+        return interpolate_snippets(first, second, alphas, method, take_first).float()
+
+    def mix(
+        self, snippets: Sequence[int | torch.Tensor] | torch.Tensor, weights: Sequence[float], normalize: bool = True
+    ) -> torch.Tensor:
+        """
+        The weighted sum of snippets. Negative weights take away: `bank.mix([a, b, c], [1, -1, 1])` is a - b + c.
+
+        Args:
+            snippets (`list[int | torch.Tensor]` or `torch.Tensor`):
+                Row numbers and snippets of shape `(D,)`, also mixed, or snippets of shape `(n, D)`. They enter the sum as
+                they are, not scaled to unit length.
+            weights (`list[float]` or `torch.Tensor` of shape `(n,)`): Finite; used as given.
+            normalize (`bool`, defaults to `True`):
+                Whether the sum is scaled to unit length. A model scales it anyway; a sum that is to be added to the bank
+                keeps the length of its like without.
+
+        Returns:
+            `torch.Tensor` of shape `(D,)`, float32, on the CPU.
+
+        Raises:
+            `IndexError`, `ValueError`: a row that is not in the bank, a snippet of another shape, as many weights as there
+                are not snippets, or a sum that is the zero vector.
+        """
+        chosen = self._snippets(snippets).double().cpu()
+        weights = torch.as_tensor(weights, dtype=torch.float64, device="cpu")
+        if chosen.ndim != 2 or weights.shape != chosen.shape[:1] or not weights.isfinite().all():
+            raise ValueError(
+                f"`weights` has to be one finite number for each snippet, but is {weights.tolist()} for snippets of shape"
+                f" {tuple(chosen.shape)}."
+            )
+        unit = unit_sum(chosen, weights[None])[0]
+        return (unit if normalize else weights @ chosen).float()
+
+    def nearest(
+        self, query: int | Sequence[int] | torch.Tensor, k: int, metric: str = "cosine"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The rows with the highest scores, by an exact search that streams over the rows in pieces: it takes little memory
+        beside the (mapped) rows themselves.
+
+        Args:
+            query (`torch.Tensor`, `int` or `list[int]`):
+                A snippet of shape `(D,)` or several of shape `(q, D)`, or row numbers of the bank. The device of a tensor
+                is the one that searches: the rows pass over it piece by piece.
+            k (`int`): How many rows, 1 to N.
+            metric (`str`, defaults to `"cosine"`):
+                `"cosine"` of the angle between query and row (0 for a row that is the zero vector), or `"dot"` product.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: scores, float32, and row numbers, int64, both on the CPU and of shape
+            `(k,)` for one query, else `(q, k)`; the highest score first, and of equal scores the lowest row number.
+
+        Raises:
+            `IndexError`, `ValueError`: a row that is not in the bank, a query of another shape or, for the cosine, of length
+                zero, a `k` beyond the bank, or an unknown metric.
+        """
+        if metric not in SEARCH_METRICS:
+            raise ValueError(f"`metric` is {metric!r}, but accepted are {_some(list(SEARCH_METRICS))}.")
+        if not 1 <= k <= len(self):
+            raise ValueError(f"`k` is {k}, but accepted is 1 to {len(self)}.")
+        queries = self._snippets(query)
+        single = queries.ndim == 1
+        if single:
+            queries = queries[None]
+        if metric == "cosine" and not queries.norm(dim=1).all():
+            raise ValueError("`query` holds the zero vector, which has no direction: its cosine is undefined.")
+        scores, rows = nearest_snippets(self._storage, queries, k, metric)
+        return (scores[0], rows[0]) if single else (scores, rows)
+
+    def _snippets(self, value: int | Sequence[int | torch.Tensor] | torch.Tensor) -> torch.Tensor:
+        """Snippets that are given by row numbers or as they are, of shape `(D,)` or `(n, D)`, in float32."""
+        if isinstance(value, (list, tuple)):
+            snippets = [self._snippets(item).cpu() for item in value]
+            if not snippets or any(snippet.ndim != 1 for snippet in snippets):
+                raise ValueError(
+                    f"a list of snippets has to hold row numbers and tensors of shape ({self.dim},) only."
+                )
+            return torch.stack(snippets)
+        snippets = value if isinstance(value, torch.Tensor) and value.is_floating_point() else self[value]
+        if snippets.ndim not in (1, 2) or snippets.shape[-1] != self.dim or not snippets.numel():
+            raise ValueError(
+                f"snippets have to be of shape ({self.dim},) or (n, {self.dim}), but are of shape {tuple(snippets.shape)}."
+            )
+        if not snippets.isfinite().all():
+            raise ValueError("snippets have to be finite, but hold NaN or infinity.")
+        return snippets.float()
+
+    # Edits: each returns a new bank, which shares the rows of this one
+
+    def extend(
+        self,
+        snippets: torch.Tensor,
+        labels: torch.Tensor | Sequence[int] | None = None,
+        metadata: "Mapping[str, Sequence] | pyarrow.Table | None" = None,
+    ) -> "GMemMemoryBank":
+        """
+        A bank with more rows at its end.
+
+        The new rows are stored as those of the bank: exactly where the bank holds full rows of their dtype, else rounded,
+        and projected on the basis of a bank of low rank. What that loses is logged and recorded in the history
+        (`relative_error`, of the length of all new rows; `largest_error`, of an entry).
+
+        Args:
+            snippets (`torch.Tensor` of shape `(n, D)` or `(D,)`): Floating point and finite. They are copied.
+            labels (`torch.Tensor` of shape `(n,)` or `list[int]`, *optional*): Needed if, and only if, the bank has labels.
+            metadata (`dict[str, list]` or `pyarrow.Table`, *optional*):
+                Columns of n entries each. A column that the bank or `metadata` lacks is filled up with nulls.
+
+        Raises:
+            `TypeError`: `snippets` is not a tensor, or `labels` are not integers.
+            `ValueError`: a shape that does not fit, a row that is not finite or not within the range of the bank's dtype,
+                or labels for a bank without, or none for a bank with labels.
+        """
+        if isinstance(snippets, torch.Tensor) and snippets.ndim == 1:
+            snippets = snippets[None]
+        snippets = _checked("snippets", snippets, ("n", "D"), (*_FLOAT_DTYPES, torch.float64))
+        if snippets.shape[1] != self.dim:
+            raise ValueError(f"`snippets` has to be of dimension {self.dim}, but is of {snippets.shape[1]}.")
+        if (labels is None) != (self._labels is None):
+            has = "has labels" if labels is None else "has no labels"
+            raise ValueError(f"`labels` is {labels!r}, but this bank {has}.")
+        if labels is not None:
+            labels = torch.cat([self._labels, _as_labels(labels, len(snippets))])
+        metadata_part = len(snippets) if metadata is None else _as_table(metadata, len(snippets))
+        metadata_parts = (*self._metadata_parts, metadata_part)
+        _joint_schema(metadata_parts)
+        stored, loss = encode_pieces(self._storage.codec, [snippets], snippets.shape)
+        self._log_loss(len(snippets), loss)
+        has_unit_length = bool(((snippets.double().norm(dim=1) - 1).abs() < 1e-2).all())
+        return self._edited(
+            {"edit": "extend", "added": len(snippets), **loss},
+            (self,),
+            _storage=self._storage.append(stored),
+            _labels=labels,
+            _metadata_parts=metadata_parts,
+            normalized=self.normalized and has_unit_length,
+        )
+
+    def without(
+        self,
+        indices: int | Sequence[int] | torch.Tensor | None = None,
+        labels: int | str | Sequence[int | str] | None = None,
+    ) -> "GMemMemoryBank":
+        """
+        A bank with fewer rows, in the old order. What is removed is in none of the files that the new bank is saved in:
+        neither rows, labels and metadata, nor the names of labels that no row carries any more.
+
+        Args:
+            indices (`int`, `list[int]` or `torch.Tensor`, *optional*): Rows, as in `bank[indices]`.
+            labels (`int`, `str` or a list of them, *optional*):
+                Or: all rows that carry one of these; see [`~GMemMemoryBank.indices_of`].
+
+        Raises:
+            `IndexError`: a row that is not in the bank.
+            `ValueError`: both arguments or neither, a label that no row carries, or nothing would be left.
+        """
+        if (indices is None) == (labels is None):
+            raise ValueError(f"one of `indices` and `labels` is needed, but they are {indices!r} and {labels!r}.")
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[self.indices_of(labels) if indices is None else self._row_numbers(indices)] = False
+        rows = kept.nonzero().flatten()
+        return self._selected(rows, {"edit": "without", "removed": len(self) - len(rows)})
+
+    def select(self, indices: slice | Sequence[int] | torch.Tensor) -> "GMemMemoryBank":
+        """
+        A bank of some of the rows, in the order of `indices`, which are those of `bank[indices]`. As with
+        [`~GMemMemoryBank.without`], nothing else gets into its files.
+
+        Raises:
+            `IndexError`: a row that is not in the bank.
+            `ValueError`: no row at all.
+        """
+        return self._selected(self._row_numbers(indices), {"edit": "select"})
+
+    def merge(self, other: "GMemMemoryBank") -> "GMemMemoryBank":
+        """
+        A bank with the rows of this one and then those of another.
+
+        Where both are stored in the same way (dtype, basis), the new bank shares the rows of both; else those of `other`
+        are stored as this bank stores its own, with a loss that is logged and recorded as by
+        [`~GMemMemoryBank.extend`]. A column of metadata that only one of them has is filled up with nulls.
+
+        Raises:
+            `TypeError`: `other` is not a bank.
+            `ValueError`: the two differ in dimension, encoder, its revision or preprocessing, only one has labels, or they
+                give one label two names.
+        """
+        if not isinstance(other, GMemMemoryBank):
+            raise TypeError(f"`other` has to be a {CLASS_NAME}, but is {type(other)}.")
+        for name in ("dim", "encoder", "encoder_revision", "preprocessing"):
+            if getattr(self, name) != getattr(other, name):
+                raise ValueError(
+                    f"`other` has the {name} {getattr(other, name)!r}, but this bank has {getattr(self, name)!r}."
+                )
+        if (self._labels is None) != (other._labels is None):
+            raise ValueError(f"only {'`other`' if self._labels is None else 'this bank, not `other`,'} has labels.")
+        id2label = (self._id2label or {}) | (other._id2label or {})
+        for i, name in (self._id2label or {}).items():
+            if id2label[i] != name:
+                raise ValueError(
+                    f"label {i} is {id2label[i]!r} in the `id2label` of `other`, but {name!r} in this bank's."
+                )
+
+        metadata_parts = self._metadata_parts + other._metadata_parts
+        _joint_schema(metadata_parts)
+        stored, loss = other._storage, {}
+        if not self._storage.codec.is_same(stored.codec):
+            stored, loss = encode_pieces(self._storage.codec, stored.decoded_pieces(), other.shape)
+            metadata_parts = self._metadata_parts + other._joined_metadata()
+            self._log_loss(len(other), loss)
+        return self._edited(
+            {"edit": "merge", "added": len(other), **loss},
+            (self, other),
+            _storage=self._storage.append(stored),
+            _labels=None if self._labels is None else torch.cat([self._labels, other._labels]),
+            _metadata_parts=metadata_parts,
+            _id2label=id2label or None,
+            source_dataset=", ".join(dict.fromkeys(filter(None, (self.source_dataset, other.source_dataset)))) or None,
+            normalized=self.normalized and other.normalized,
+        )
+
+    def compress(self, rank: int | None = None, dtype: str | torch.dtype | None = None) -> "GMemMemoryBank":
+        r"""
+        A bank that takes less room: of low rank, of a smaller dtype, or both.
+
+        With the thin SVD $U S V^T$ of the snippets less their mean, the basis is $V_r \sqrt{S_r}$ and the coefficients are
+        $U_r \sqrt{S_r}$. It is computed from the Gram matrix, in float64, in pieces of the rows. An int8 row has a scale
+        of its own: its largest absolute value divided by 127. [`~GMemMemoryBank.reconstruction_error`] tells the loss.
+
+        Args:
+            rank (`int`, *optional*): The number of coefficients of a row; by default what it is now.
+            dtype (`str` or `torch.dtype`, *optional*):
+                Of the rows, `"float32"`, `"float16"`, `"bfloat16"` or `"int8"`; by default what it is now. Basis and mean
+                stay float32.
+
+        Raises:
+            `ValueError`: neither is given, a rank above the number of directions in which the snippets vary, an unknown
+                dtype, or a row that is not within its range.
+        """
+        if rank is None and dtype is None:
+            raise ValueError("at least one of `rank` and `dtype` is needed.")
+        stored_dtype = self.dtype if dtype is None else STORED_DTYPES.get(str(dtype).removeprefix("torch."))
+        if stored_dtype is None:
+            raise ValueError(f"`dtype` is {dtype!r}, but accepted are {', '.join(STORED_DTYPES)}.")
+        codec = self._storage.codec
+        basis, mean = (codec.basis, codec.mean) if rank is None else low_rank_basis(self._storage, rank)
+        codec = SnippetCodec(stored_dtype, basis, mean)
+        stored, loss = encode_pieces(codec, self._storage.decoded_pieces(), self.shape)
+        record = {"rank": codec.rank, "dtype": dtype_name(codec.dtype), "reconstruction_error": loss["relative_error"]}
+        bank = self._edited(
+            {"edit": "compress", **record},
+            (self,),
+            _storage=stored,
+            _metadata_parts=self._joined_metadata(),
+        )
+        bank._set(_history=_as_edits(bank.history))  # without the parents, whose rows can then be freed
+        return bank
+
+    def _selected(self, rows: torch.Tensor, record: dict[str, Any]) -> "GMemMemoryBank":
+        if not len(rows):
+            raise ValueError("no row would be left, but a bank has at least one.")
+        labels, id2label = self._labels, self._id2label
+        if labels is not None:
+            labels = labels[rows]
+            gone = set(self._labels.unique().tolist()) - set(labels.unique().tolist())
+            id2label = id2label and {i: name for i, name in id2label.items() if i not in gone}
+        return self._edited(record, (self,), _storage=self._storage.select(rows), _labels=labels, _id2label=id2label)
+
+    def _edited(self, record: dict[str, Any], parents: tuple["GMemMemoryBank", ...], **changes) -> "GMemMemoryBank":
+        bank = type(self).__new__(type(self))
+        computed_from_rows = ("metadata", "fingerprint")
+        bank._set(**{name: value for name, value in vars(self).items() if name not in computed_from_rows})
+        bank._set(_folder=None, _manifest=None, **changes)
+        # In this order, so that a pickle never nests deeply: a bank's history comes after those of its parents
+        edits = [edit for parent in parents for edit in parent._history]
+        edit = _Edit({**record, "count": len(bank)}, parents)
+        bank._set(_history=(*{id(edit): edit for edit in edits}.values(), edit))
+        return bank
+
+    def _joined_metadata(self) -> tuple:
+        return (len(self) if self.metadata is None else self.metadata,)
+
+    def _log_loss(self, count: int, loss: dict[str, float]) -> None:
+        if loss["largest_error"]:
+            stored_as = (
+                dtype_name(self.dtype) if self.rank is None else f"{dtype_name(self.dtype)} of rank {self.rank}"
+            )
+            logger.warning(
+                f"{count} new snippets, stored as {stored_as}, lost {loss['relative_error']:.2g} of their length; the largest"
+                f" error of an entry is {loss['largest_error']:.3g}."
+            )
 
     # Files
 
@@ -408,44 +883,50 @@ class GMemMemoryBank:
 
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        previous = _tidy(folder)
+        previous = tidy(folder)
         try:
             self._write_files(folder, max_bytes)
-            if previous["metadata"] is not None and (folder / METADATA_NAME).is_file():
-                os.replace(folder / METADATA_NAME, folder / _metadata_alias(previous["metadata"]))
-            _flush_folder(folder)
+            if previous.metadata is not None and (folder / METADATA_NAME).is_file():
+                os.replace(folder / METADATA_NAME, folder / metadata_alias(previous.metadata))
+            flush_folder(folder)
             # The commit: until this rename the folder holds the old bank, afterwards the new one.
-            os.replace(folder / "memory_bank-config.tmp", folder / CONFIG_NAME)
+            os.replace(folder / TEMPORARY_CONFIG, folder / CONFIG_NAME)
         except (OSError, SafetensorError) as error:
             raise OSError(f"the memory bank cannot be saved in {folder}: {error}") from error
         finally:
-            _tidy(folder)
+            tidy(folder)
 
     def _write_files(self, folder: Path, max_bytes: int) -> None:
         """Writes everything beside what the folder holds, with `config.json` still under a temporary name."""
-        temporary = folder / "memory_bank-file.tmp"
+        temporary = folder / TEMPORARY_FILE
 
         def finish(part: str, rows: int) -> dict[str, Any]:
-            _flush(temporary)
-            entry = _File("", rows, temporary.stat().st_size, _sha256(temporary))
+            flush(temporary)
+            entry = BankFile("", rows, temporary.stat().st_size, sha256_of_file(temporary))
             if part == "metadata":
                 entry = entry._replace(file=METADATA_NAME)
-                os.replace(temporary, folder / _metadata_alias(entry))
+                os.replace(temporary, folder / metadata_alias(entry))
             else:
                 entry = entry._replace(file=f"memory_bank-{part}-{entry.sha256[:8]}.safetensors")
                 os.replace(temporary, folder / entry.file)
             return entry._asdict()
 
-        count = len(self)
-        rows_per_shard = max(1, max_bytes // (self.dim * self.dtype.itemsize))
+        count, storage = len(self), self._storage
+        rows_per_shard = max(1, max_bytes // storage.row_bytes)
         num_shards = -(-count // rows_per_shard)
-        files = {"snippets": [], "labels": None, "metadata": None}
+        files = Manifest([])._asdict()
         for k in logging.tqdm(range(num_shards), desc=f"Saving {folder}", disable=num_shards == 1):
             start, stop = count * k // num_shards, count * (k + 1) // num_shards
+            shard = storage.stored_range(start, stop)
+            tensors = {"snippets" if self.rank is None else "coefficients": shard.codes}
+            if shard.scales is not None:
+                tensors["scales"] = shard.scales
             # One entry only: safetensors writes several in random order, and equal banks would get unequal files.
-            header = {"shard": f"{k + 1} of {num_shards}"}
-            save_file({"snippets": self._contiguous_rows(start, stop)}, temporary, metadata=header)
+            save_file(tensors, temporary, metadata={"shard": f"{k + 1} of {num_shards}"})
             files["snippets"].append(finish(f"{k + 1:05d}-of-{num_shards:05d}", stop - start))
+        if self.rank is not None:
+            save_file({"basis": storage.codec.basis, "mean": storage.codec.mean}, temporary)
+            files["basis"] = finish("basis", self.dim)
         if self._labels is not None:
             save_file({"labels": self._labels}, temporary)
             files["labels"] = finish("labels", count)
@@ -456,12 +937,14 @@ class GMemMemoryBank:
             files["metadata"] = finish("metadata", count)
 
         config = {
-            "_class_name": GMemMemoryBank.__name__,
+            "_class_name": CLASS_NAME,
             "format_version": FORMAT_VERSION,
             "count": count,
             "dim": self.dim,
-            "dtype": _dtype_name(self.dtype),
+            "rank": self.rank,
+            "dtype": dtype_name(self.dtype),
             "fingerprint": self.fingerprint,
+            "history": self.history,
             "encoder": self.encoder,
             "encoder_revision": self.encoder_revision,
             "preprocessing": self._preprocessing,
@@ -470,58 +953,108 @@ class GMemMemoryBank:
             "id2label": self._id2label,
             "files": files,
         }
-        config_path = folder / "memory_bank-config.tmp"
+        config_path = folder / TEMPORARY_CONFIG
         config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _flush(config_path)
+        flush(config_path)
 
-    def _contiguous_rows(self, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop - 1`, without a copy where they lie in one block."""
-        pieces, offset = [], 0
-        for block in self._blocks:
-            piece = block[max(start - offset, 0) : max(stop - offset, 0)]
-            if len(piece):
-                pieces.append(piece)
-            offset += block.shape[0]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """
+        Puts the bank and a card into a data set repository of the Hub, with one commit.
+
+        Args:
+            repo_id (`str`): Such as `"me/my-memory"`; made where it does not exist.
+            kwargs: `private`, `revision`, `create_pr`, `commit_message`, `token`, `max_shard_size`, `license` and `card` of
+                [`~diffusers_gmem.hub.push_memory_bank`].
+
+        Returns:
+            `CommitInfo`: `oid` is the revision that stands for this very bank.
+        """
+        from ..hub.push import push_memory_bank
+
+        return push_memory_bank(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike, subfolder: str | None = None
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        *,
+        indices: int | slice | Sequence[int] | torch.Tensor | None = None,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        repo_type: str = "dataset",
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
     ) -> "GMemMemoryBank":
         """
-        Opens a bank that [`~GMemMemoryBank.save_pretrained`] wrote. The rows are memory-mapped: opening is instant and
-        takes no RAM until rows are gathered.
+        Opens a bank that [`~GMemMemoryBank.save_pretrained`] wrote or [`~GMemMemoryBank.push_to_hub`] uploaded. The rows are
+        memory-mapped: opening is instant and takes no RAM until rows are gathered.
 
         Checked are the presence and size of every file, and the tensor name, dtype, shape and order of the shards;
-        [`~GMemMemoryBank.verify`] checks the contents.
+        [`~GMemMemoryBank.verify`] checks the contents. Those of a download are checked at once, and once only.
+
+        With `indices` or `class_labels` it is the bank `select` would make of these rows. Only the shards that hold them are
+        downloaded and need to be there.
 
         Args:
-            pretrained_model_name_or_path (`str` or `os.PathLike`): A local folder.
+            pretrained_model_name_or_path (`str` or `os.PathLike`): A local folder, or the id of a repository of the Hub.
             subfolder (`str`, *optional*): The folder in it that holds the bank, such as `"bank"`.
+            indices (`int`, `slice`, `list[int]` or `torch.Tensor`, *optional*): Rows, as in `bank[indices]`.
+            class_labels (`int`, `str` or a list of them, *optional*):
+                Or: all rows that carry one of these; see [`~GMemMemoryBank.indices_of`].
+            repo_type (`str`, defaults to `"dataset"`): `"model"` for the bank in the repository of a pipeline.
+            revision (`str`, *optional*): A branch, a tag or a commit; the main branch by default.
+            cache_dir (`str` or `os.PathLike`, *optional*): Of the downloads; that of huggingface_hub by default.
+            token (`str` or `bool`, *optional*): That of `hf auth login` by default; `False` for none.
+            local_files_only (`bool`, defaults to `False`): Whether to take files from the cache alone.
 
         Raises:
             `FileNotFoundError`: there is no bank, or one of its files is missing.
-            `ValueError`: a file is broken; the message names the file and the fault.
+            `IndexError`: a row that is not in the bank.
+            `ValueError`: a file is broken, and the message names the file and the fault; both `indices` and `class_labels`,
+                or a label that no row carries.
+            `PermissionError`, `ConnectionError`, `OSError`: see [`~diffusers_gmem.hub.HubRepo.download`].
         """
-        folder = Path(pretrained_model_name_or_path, subfolder or "")
-        config, files = _read_config(folder)
+        if indices is not None and class_labels is not None:
+            raise ValueError(
+                f"only one of `indices` and `class_labels` can be given, but they are {indices!r} and {class_labels!r}."
+            )
+        folder, fetch = locate_memory_bank(
+            pretrained_model_name_or_path,
+            subfolder,
+            repo_type=repo_type,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+        config, manifest = read_config(folder)
+        fetch(entry for entry in (manifest.basis, manifest.labels, manifest.metadata) if entry is not None)
 
-        dtype, dim = _DTYPES[config["dtype"]], config["dim"]
+        dtype, dim, rank = STORED_DTYPES[config["dtype"]], config["dim"], config["rank"]
+        codec = SnippetCodec(dtype)
+        if rank is not None:
+            expected = {"basis": (torch.float32, (dim, rank)), "mean": (torch.float32, (dim,))}
+            codec = SnippetCodec(dtype, **open_tensors(folder / manifest.basis.file, manifest.basis, expected))
+        labels, metadata = None, config["count"]
+        if manifest.labels is not None:
+            entry = manifest.labels
+            labels = open_tensors(folder / entry.file, entry, {"labels": (torch.int64, (entry.rows,))})["labels"]
+        if manifest.metadata is not None:
+            check_size(metadata_path(folder, manifest.metadata), manifest.metadata)
+            metadata = _MetadataFile(folder, manifest.metadata)
+        # A shard that is not opened is a block without contents, so that the rows keep their numbers
         blocks = []
-        for k, entry in enumerate(files["snippets"]):
-            shard = f"{k + 1} of {len(files['snippets'])}"
-            blocks.append(_open_tensor(folder / entry.file, entry, "snippets", dtype, (entry.rows, dim), shard))
-        labels = None
-        if files["labels"] is not None:
-            entry = files["labels"]
-            labels = _open_tensor(folder / entry.file, entry, "labels", torch.int64, (entry.rows,))
-        if files["metadata"] is not None:
-            _check_size(_metadata_path(folder, files["metadata"]), files["metadata"])
+        for entry in manifest.snippets:
+            codes = torch.empty(entry.rows, rank or dim, dtype=dtype, device="meta")
+            blocks.append(StoredRows(codes, torch.empty(entry.rows, device="meta") if dtype == torch.int8 else None))
 
         bank = cls.__new__(cls)
         bank._set(
-            _blocks=tuple(blocks),
+            _storage=SnippetStorage(codec, tuple(blocks)),
             _labels=labels,
+            _metadata_parts=(metadata,),
             _id2label=config["id2label"],
             encoder=config["encoder"],
             encoder_revision=config["encoder_revision"],
@@ -529,47 +1062,76 @@ class GMemMemoryBank:
             source_dataset=config["source_dataset"],
             normalized=config["normalized"],
             fingerprint=config["fingerprint"],
+            _history=_as_edits(config["history"]),
             _folder=folder,
-            _files=files,
+            _manifest=manifest,
         )
-        return bank
+        rows, opened = None, range(len(blocks))
+        if indices is not None or class_labels is not None:
+            rows = bank._row_numbers(indices) if class_labels is None else bank.indices_of(class_labels)
+            stops = torch.tensor([entry.rows for entry in manifest.snippets]).cumsum(0)
+            opened = torch.bucketize(rows, stops, right=True).unique().tolist()
+
+        fetch(manifest.snippets[k] for k in opened)
+        for k in opened:
+            entry, name = manifest.snippets[k], "snippets" if rank is None else "coefficients"
+            expected = {name: (dtype, (entry.rows, rank or dim))}
+            if dtype == torch.int8:
+                expected["scales"] = (torch.float32, (entry.rows,))
+            tensors = open_tensors(folder / entry.file, entry, expected, f"{k + 1} of {len(blocks)}")
+            blocks[k] = StoredRows(tensors[name], tensors.get("scales"))
+        bank._set(_storage=SnippetStorage(codec, tuple(blocks)))
+        return bank if rows is None else bank.select(rows)
 
     def verify(self) -> None:
         """
         Reads every file of an opened bank and checks its SHA-256 and size, that all rows are finite, the number of rows
-        of the metadata, and that the fingerprint is the one in `config.json`.
+        of the metadata, and that the fingerprint is the one in `config.json`. Where only some shards were opened, these
+        alone are checked, and not the fingerprint.
 
-        A bank that was made from tensors was checked then and cannot have changed: nothing is left to verify.
+        An edited bank checks the opened banks that it shares rows with. A bank that was made from tensors was checked then
+        and cannot have changed: nothing is left to verify.
 
         Raises:
             `FileNotFoundError`: a file is gone.
             `ValueError`: a file is broken; the message names the file and the fault.
         """
         if self._folder is None:
+            opened = {
+                id(parent): parent for edit in self._history for parent in edit.parents if not isinstance(parent, str)
+            }
+            for parent in opened.values():
+                if parent._folder is not None:
+                    parent.verify()
             return
         start = 0
-        shards = zip(self._files["snippets"], self._blocks, strict=True)
-        for entry, block in logging.tqdm(shards, total=len(self._blocks), desc=f"Verifying {self._folder}"):
-            path = self._folder / entry.file
-            _check_size(path, entry)  # first: reading a mapping beyond the end of its file kills the process
-            bad_row = _first_nonfinite_row(block)
-            if bad_row is not None:
-                raise ValueError(f"{path} is not finite: row {start + bad_row} of the bank holds NaN or infinity.")
-            _check_sha256(path, entry)
+        shards = zip(self._manifest.snippets, self._storage.blocks, strict=True)
+        for entry, block in logging.tqdm(shards, total=len(self._storage.blocks), desc=f"Verifying {self._folder}"):
+            if not block.codes.is_meta:
+                path = self._folder / entry.file
+                check_size(path, entry)  # first: reading a mapping beyond the end of its file kills the process
+                bad_row = first_nonfinite_row(block.codes if block.scales is None else block.scales)
+                if bad_row is not None:
+                    raise ValueError(f"{path} is not finite: row {start + bad_row} of the bank holds NaN or infinity.")
+                check_sha256(path, entry)
             start += entry.rows
-        if self._files["labels"] is not None:
-            path = self._folder / self._files["labels"].file
-            _check_size(path, self._files["labels"])
-            _check_sha256(path, self._files["labels"])
-        if self._files["metadata"] is not None:
+        for entry in (self._manifest.basis, self._manifest.labels):
+            if entry is not None:
+                check_size(self._folder / entry.file, entry)
+                check_sha256(self._folder / entry.file, entry)
+        if self.rank is not None and not (self.basis.isfinite().all() and self.mean.isfinite().all()):
+            raise ValueError(f"{self._folder / self._manifest.basis.file} is not finite: it holds NaN or infinity.")
+        if self._manifest.metadata is not None:
             import pyarrow.parquet
 
-            path = _metadata_path(self._folder, self._files["metadata"])
-            _check_size(path, self._files["metadata"])
-            _check_sha256(path, self._files["metadata"])
+            path = metadata_path(self._folder, self._manifest.metadata)
+            check_size(path, self._manifest.metadata)
+            check_sha256(path, self._manifest.metadata)
             num_rows = pyarrow.parquet.read_metadata(path).num_rows
             if num_rows != len(self):
                 raise ValueError(f"{path} has {num_rows} rows, but the bank has {len(self)}.")
+        if any(block.codes.is_meta for block in self._storage.blocks):
+            return
         fingerprint = self._compute_fingerprint()
         if fingerprint != self.fingerprint:
             raise ValueError(
@@ -578,8 +1140,9 @@ class GMemMemoryBank:
             )
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _is_row_number(index: Any) -> bool:
+    # A tensor of one element also passes for an integer, but stands for a list of one row
+    return hasattr(index, "__index__") and getattr(index, "ndim", 0) == 0
 
 
 def _some(values: list, limit: int = 8) -> str:
@@ -587,150 +1150,86 @@ def _some(values: list, limit: int = 8) -> str:
     return ", ".join(repr(value) for value in values[:limit]) + (", ..." if len(values) > limit else "")
 
 
-def _first_nonfinite_row(rows: torch.Tensor) -> int | None:
-    step = max(1, 2**24 // rows.shape[1])  # in pieces, as the intermediate results are as large as the rows
-    for start in range(0, len(rows), step):
-        finite = rows[start : start + step].isfinite()
-        if not finite.all():
-            return start + int(finite.all(dim=1).logical_not().nonzero()[0])
-    return None
+def _as_edits(history: list[dict[str, Any]]) -> tuple[_Edit, ...]:
+    return tuple(
+        _Edit({name: value for name, value in edit.items() if name != "parents"}, tuple(edit["parents"]))
+        for edit in history
+    )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return tensor.view(torch.uint8).reshape(-1).numpy().data
 
 
-def _check_size(path: Path, entry: _File) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, though {CONFIG_NAME} lists it.")
-    size = path.stat().st_size
-    if size != entry.bytes:
-        fault = "is truncated" if size < entry.bytes else "is too long"
-        raise ValueError(f"{path} {fault}: it has {size} bytes, but {CONFIG_NAME} says {entry.bytes}.")
-
-
-def _check_sha256(path: Path, entry: _File) -> None:
-    found = _sha256(path)
-    if found != entry.sha256:
-        raise ValueError(f"{path} is damaged: its SHA-256 is {found}, but {CONFIG_NAME} says {entry.sha256}.")
-
-
-def _open_tensor(
-    path: Path, entry: _File, tensor_name: str, dtype: torch.dtype, shape: tuple[int, ...], shard: str | None = None
+def _checked(
+    name: str,
+    rows: torch.Tensor,
+    shape: tuple[str, ...],
+    dtypes: tuple[torch.dtype, ...] = _FLOAT_DTYPES,
+    copy: bool = True,
 ) -> torch.Tensor:
-    """Maps a tensor. What its header says is checked before the size, as the more telling fault."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing, though {CONFIG_NAME} lists it.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if names != [tensor_name]:
-                raise ValueError(f"{path} has to hold the tensor {tensor_name!r} alone, but holds {names}.")
-            tensor = file.get_tensor(tensor_name)
-            found_shard = (file.metadata() or {}).get("shard", shard)
-    except SafetensorError as error:
-        _check_size(path, entry)
-        raise ValueError(f"{path} is not a readable safetensors file: {error}.") from error
-    if found_shard != shard:
-        raise ValueError(f"{path} is out of order: it is shard {found_shard}, but {CONFIG_NAME} lists it as {shard}.")
-    if tensor.dtype != dtype:
-        raise ValueError(f"{path} has the wrong dtype: it holds {tensor.dtype}, but {CONFIG_NAME} says {dtype}.")
-    if tensor.shape != shape:
+    """On the CPU, contiguous."""
+    shape_name = str(shape).replace("'", "")
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(f"`{name}` has to be a torch.Tensor of shape {shape_name}, but is {type(rows)}.")
+    if rows.ndim != len(shape) or rows.numel() == 0:
         raise ValueError(
-            f"{path} has the wrong shape: it holds {tuple(tensor.shape)}, but {CONFIG_NAME} says {shape}."
+            f"`{name}` has to be of shape {shape_name}, all sides at least 1, but is of shape {tuple(rows.shape)}."
         )
-    _check_size(path, entry)
-    return tensor
+    if rows.dtype not in dtypes:
+        raise ValueError(f"`{name}` has to be one of {', '.join(map(dtype_name, dtypes))}, but is {rows.dtype}.")
+    rows = rows.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
+    bad_row = first_nonfinite_row(rows)
+    if bad_row is not None:
+        raise ValueError(f"`{name}` has to be finite, but row {bad_row} holds NaN or infinity.")
+    return rows
 
 
-def _read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The content of `config.json` and its manifest, both checked."""
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no memory bank in {folder}: looked for the file {path}.")
+def _as_labels(labels: torch.Tensor | Sequence[int], count: int) -> torch.Tensor:
+    labels = torch.as_tensor(labels)
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"`labels` have to be integers, but are {labels.dtype}.")
+    if labels.shape != (count,):
+        raise ValueError(f"`labels` has to be of shape ({count},), but is of shape {tuple(labels.shape)}.")
+    return labels.detach().to("cpu", torch.int64, copy=True).contiguous()
+
+
+def _as_table(metadata: "Mapping[str, Sequence] | pyarrow.Table", count: int) -> "pyarrow.Table":
+    import pyarrow
+
+    if not isinstance(metadata, pyarrow.Table):
+        metadata = pyarrow.table(dict(metadata))
+    if metadata.num_rows != count:
+        raise ValueError(f"`metadata` has to have {count} rows, but has {metadata.num_rows}.")
+    return metadata
+
+
+def _joint_schema(parts: Sequence["pyarrow.Table | _MetadataFile | int"]) -> "pyarrow.Schema | None":
+    """The columns of metadata that is put together from parts; those that are a number have that many rows without any."""
+    schemas = [part.schema for part in parts if not isinstance(part, int)]
+    if not schemas:
+        return None
+    import pyarrow
+
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is broken: it is not JSON ({error}).") from error
-    if not isinstance(config, dict) or config.get("_class_name") != GMemMemoryBank.__name__:
-        raise ValueError(f"{path} does not describe a {GMemMemoryBank.__name__}.")
-    if config.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has the format version {config.get('format_version')!r}, but this version of diffusers_gmem reads"
-            f" {FORMAT_VERSION}."
-        )
-    try:
-        count, dim, dtype = config["count"], config["dim"], config["dtype"]
-        if dtype not in _DTYPES:
-            raise ValueError(f"`dtype` is {dtype!r}, but accepted are {', '.join(_DTYPES)}")
-        if count < 1 or dim < 1:
-            raise ValueError(f"`count` is {count} and `dim` is {dim}, but both have to be at least 1")
-        if not _FINGERPRINT.fullmatch(config["fingerprint"]):
-            raise ValueError(f"`fingerprint` is {config['fingerprint']!r}, but has to be 'sha256:' and 64 digits")
-        for name in ("encoder", "encoder_revision", "preprocessing", "normalized", "source_dataset"):
-            config[name]
-        if config["id2label"] is not None:
-            config["id2label"] = {int(i): name for i, name in config["id2label"].items()}
-
-        snippets = [_File(**entry) for entry in config["files"]["snippets"]]
-        labels, metadata = config["files"]["labels"], config["files"]["metadata"]
-        labels = None if labels is None else _File(**labels)
-        metadata = None if metadata is None else _File(**metadata)
-        for entry in [*snippets, *([labels] if labels else [])]:
-            if not _OWN_FILE.fullmatch(entry.file):
-                raise ValueError(f"{entry.file!r} is not a file name of a memory bank")
-        for name, rows in (
-            ("the shards together", sum(entry.rows for entry in snippets)),
-            ("the labels", labels.rows if labels else count),
-            ("the metadata", metadata.rows if metadata else count),
-        ):
-            if rows != count:
-                raise ValueError(f"`count` is {count}, but {name} have {rows} rows")
-    except KeyError as error:
-        raise ValueError(f"{path} is broken: {error} is missing.") from error
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is broken: {error}.") from error
-    return config, {"snippets": snippets, "labels": labels, "metadata": metadata}
+        return pyarrow.unify_schemas(schemas, promote_options="permissive")
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"the columns of the metadata do not go together: {error}.") from error
 
 
-# `metadata.parquet` keeps its name, so that data set readers find it, but a rename over it could not be committed together
-# with `config.json`. Around the commit the old file and the new one therefore have names of their own, which readers know.
+def _null_table(schema: "pyarrow.Schema", count: int) -> "pyarrow.Table":
+    import pyarrow
+
+    return pyarrow.table([pyarrow.nulls(count, field.type) for field in schema], schema=schema)
 
 
-def _metadata_alias(entry: _File) -> str:
-    return f"memory_bank-metadata-{entry.sha256[:8]}.parquet"
+def _take_rows(table: "pyarrow.Table", rows: torch.Tensor) -> "pyarrow.Table":
+    """Rows of a table. The dictionaries of its columns are made anew: the old ones would keep the values of all rows."""
+    import pyarrow
 
-
-def _metadata_path(folder: Path, entry: _File) -> Path:
-    alias = folder / _metadata_alias(entry)
-    return alias if alias.is_file() else folder / METADATA_NAME
-
-
-def _tidy(folder: Path) -> dict[str, Any]:
-    """Completes or undoes what a save left, ended or cut short, as the `config.json` that is there says. Returns the
-    manifest."""
-    _flush_folder(folder)
-    files = {"snippets": [], "labels": None, "metadata": None}
-    if (folder / CONFIG_NAME).exists():
-        _, files = _read_config(folder)
-    if files["metadata"] is not None and (folder / _metadata_alias(files["metadata"])).is_file():
-        os.replace(folder / _metadata_alias(files["metadata"]), folder / METADATA_NAME)
-    in_use = {entry.file for entry in (*files["snippets"], files["labels"]) if entry is not None}
-    for path in list(folder.iterdir()):
-        if _OWN_FILE.fullmatch(path.name) and path.name not in in_use:
-            path.unlink()
-    return files
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _flush_folder(path: Path) -> None:
-    """Makes renames in a folder last; Windows neither needs nor allows it."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    table = table.take(pyarrow.array(rows.numpy()))
+    for k, field in enumerate(table.schema):
+        if pyarrow.types.is_dictionary(field.type):
+            values = table.column(k).cast(field.type.value_type)
+            table = table.set_column(k, field, values.dictionary_encode().cast(field.type))
+    return table
