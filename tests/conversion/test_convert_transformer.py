@@ -1,13 +1,16 @@
 # Copyright 2026 The diffusers_gmem authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import copy
 import re
 
 import pytest
 import torch
 from reference_cases import assert_matches, case_state_dict, case_tensors, reference_cases
 
-from diffusers_gmem.conversion.transformer import _convert_name, convert_transformer
+from diffusers_gmem import GMemTransformer2DModel
+from diffusers_gmem.conversion import convert_transformer, export_transformer
+from diffusers_gmem.models.transformer_gmem import GMemRotaryPosEmbed
 
 
 def tells_heads(case):
@@ -30,8 +33,6 @@ def make_state_dict(
         "t_embedder.mlp.0": (hidden_size, 256),
         "t_embedder.mlp.2": (hidden_size, hidden_size),
         "condition_projection.linear": (hidden_size, 10),
-        "feat_rope.freqs_cos": (9, head_dim),
-        "feat_rope.freqs_sin": (9, head_dim),
         "final_layer.linear": (in_channels * patch_size**2, hidden_size),
         "final_layer.adaLN_modulation.1": (2 * hidden_size, hidden_size),
     }
@@ -51,12 +52,20 @@ def make_state_dict(
     generator = torch.Generator().manual_seed(0)
     state_dict = {}
     for name, shape in shapes.items():
-        if name == "pos_embed" or name.startswith("feat_rope"):
+        if name == "pos_embed":
             state_dict[name] = torch.randn(shape, generator=generator)
         else:
             state_dict[f"{name}.weight"] = torch.randn(shape, generator=generator)
             state_dict[f"{name}.bias"] = torch.randn(shape[0], generator=generator)
-    return state_dict
+    tables = GMemRotaryPosEmbed(head_dim)(3, 3, torch.device("cpu"))
+    return state_dict | dict(zip(("feat_rope.freqs_cos", "feat_rope.freqs_sin"), tables, strict=True))
+
+
+def assert_same_state_dict(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
 
 
 @each_case
@@ -116,16 +125,23 @@ def test_the_order_of_the_tensors_does_not_matter():
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-def test_the_callers_tensors_are_neither_changed_nor_kept():
+def test_the_tensors_are_not_changed_and_not_copied():
     state_dict = case_state_dict(ROPE_CASE)
-    before = {name: tensor.clone() for name, tensor in state_dict.items()}
+    before = copy.deepcopy(state_dict)
     model = convert_transformer(state_dict)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            tensor.zero_()
-    assert state_dict.keys() == before.keys()
-    for name, tensor in state_dict.items():
-        assert torch.equal(tensor, before[name]), name
+    assert_same_state_dict(state_dict, before)
+    storages = {tensor.untyped_storage().data_ptr() for tensor in state_dict.values()}
+    assert {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()} <= storages
+
+
+def test_weights_that_are_not_contiguous_can_be_saved(tmp_path):
+    state_dict = {
+        name: tensor.t().contiguous().t() if tensor.ndim == 2 else tensor
+        for name, tensor in case_state_dict(ROPE_CASE).items()
+    }
+    model = convert_transformer(state_dict)
+    model.save_pretrained(tmp_path)
+    assert_same_state_dict(GMemTransformer2DModel.from_pretrained(tmp_path).state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -237,17 +253,35 @@ def test_heads_that_contradict_the_tensors(case):
 def test_other_files_are_refused():
     with pytest.raises(ValueError, match=r"Not a state dict of the GMem .* no x_embedder\.proj\.weight, pos_embed, "):
         convert_transformer({"model": torch.zeros(1)})
-    prefixed = {f"module.{name}": tensor for name, tensor in case_state_dict(ROPE_CASE).items()}
-    with pytest.raises(ValueError, match=r"Not a state dict .* no x_embedder\.proj\.weight, pos_embed, "):
-        convert_transformer(prefixed)
+    with pytest.raises(ValueError, match=r"Not a state dict of the GMem .* no x_embedder\.proj\.weight, pos_embed, "):
+        convert_transformer({})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_wrappers(prefix):
+    state_dict = case_state_dict(ROPE_CASE)
+    model = convert_transformer({prefix + name: tensor for name, tensor in state_dict.items()})
+    assert_same_state_dict(export_transformer(model), state_dict)
+
+    # not every name has it
+    state_dict = {f"{prefix}pos_embed": state_dict.pop("pos_embed")} | state_dict
+    with pytest.raises(ValueError, match="Not a state dict of the GMem .* no pos_embed"):
+        convert_transformer(state_dict)
 
 
 def test_class_conditional_models_are_refused():
     state_dict = case_state_dict(ROPE_CASE)
     for name in ("weight", "bias"):
         state_dict.pop(f"condition_projection.linear.{name}")
+    with pytest.raises(
+        ValueError, match="no `condition_projection.linear.weight`: it is not memory-conditioned. What"
+    ):
+        convert_transformer(state_dict)
     state_dict["y_embedder.embedding_table.weight"] = torch.zeros(11, 8)
-    with pytest.raises(ValueError, match="`condition_projection.linear.weight`: it is not memory-conditioned"):
+    with pytest.raises(
+        ValueError,
+        match="no `condition_projection.linear.weight`, but the `y_embedder` of a class-conditional SiT or LightningDiT: it is not",
+    ):
         convert_transformer(state_dict)
 
 
@@ -255,14 +289,12 @@ def test_class_conditional_models_are_refused():
 def test_every_missing_tensor_is_named(case):
     complete = case_state_dict(case)
     for name in complete:
-        if name.startswith("feat_rope") or re.match(r"blocks\.[1-9]", name):
+        if re.match(r"blocks\.[1-9]", name):
             continue
         state_dict = {other: tensor for other, tensor in complete.items() if other != name}
         with pytest.raises(ValueError, match="missing|it has no|The state dict has no") as error:
             convert_transformer(state_dict, case["options"]["num_heads"])
-        # by its original name where the configuration needs it, else by ours
-        names = {name, _convert_name(name), _convert_name(name.replace("qkv", "to_q"))}
-        assert any(known in str(error.value) for known in names), (name, str(error.value))
+        assert name in str(error.value)
 
 
 def test_missing_unexpected_and_misshapen_tensors_are_all_named():
@@ -271,12 +303,106 @@ def test_missing_unexpected_and_misshapen_tensors_are_all_named():
     state_dict.pop("blocks.2.attn.qkv.bias")
     state_dict["blocks.0.attn.bonus"] = torch.zeros(1)
     state_dict["t_embedder.mlp.2.bias"] = torch.zeros(3)
+    state_dict["blocks.3.attn.qkv.weight"] = torch.zeros(6, 2)
+    width = ROPE_CASE["options"]["hidden_size"]
     with pytest.raises(ValueError) as error:
         convert_transformer(state_dict)
     for problem in (
-        "missing transformer_blocks.1.ff.linear_out.bias",
-        "missing transformer_blocks.2.attn.to_k.bias",
-        "unexpected transformer_blocks.0.attn.bonus",
-        "timestep_embedder.linear_2.bias has shape (3,) instead of",
+        "missing blocks.1.mlp.w3.bias",
+        "missing blocks.2.attn.qkv.bias",
+        "unexpected blocks.0.attn.bonus",
+        f"t_embedder.mlp.2.bias has shape (3,) instead of ({width},)",
+        f"blocks.3.attn.qkv.weight has shape (6, 2) instead of ({3 * width}, {width})",
     ):
         assert problem in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["feat_rope.freqs_cos", "feat_rope.freqs_sin"])
+def test_another_rotary_embedding_is_refused(name):
+    state_dict = case_state_dict(ROPE_CASE)
+    grid_size = ROPE_CASE["options"]["input_size"] // ROPE_CASE["options"]["patch_size"]
+    tables = GMemRotaryPosEmbed(ROPE_CASE["head_dim"], theta=100.0)(grid_size, grid_size, torch.device("cpu"))
+    state_dict[name] = tables[name == "feat_rope.freqs_sin"]
+    with pytest.raises(ValueError, match=f"{name} is not the table of a rotary embedding with base 10000"):
+        convert_transformer(state_dict)
+
+
+# The paper's first version
+
+
+@pytest.mark.parametrize("num_layers, alignment_layer", [(8, 8), (7, None)])
+def test_first_version_counts_time_the_other_way(num_layers, alignment_layer):
+    state_dict = make_state_dict(num_layers=num_layers)
+    first_version = {name.replace("projector.", "projectors."): tensor for name, tensor in state_dict.items()}
+    later, first = convert_transformer(state_dict), convert_transformer(first_version)
+    assert (later.config.alignment_layer, first.config.alignment_layer) == (4, alignment_layer)
+
+    generator = torch.Generator().manual_seed(1)
+    x, c = torch.randn(5, 3, 6, 6, generator=generator), torch.randn(5, 10, generator=generator)
+    t = torch.tensor([0.0, 0.1, 0.5, 0.93, 1.0])
+    with torch.no_grad():
+        expected = -later(x, 1 - t, c).sample
+        torch.testing.assert_close(first(x, t, c).sample, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+    assert torch.equal(first_version["final_layer.linear.bias"], state_dict["final_layer.linear.bias"])
+
+
+def test_first_version_with_several_projectors_is_refused():
+    state_dict = {name.replace("projector.", "projectors."): x for name, x in make_state_dict(num_layers=8).items()}
+    state_dict["projectors.1.0.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match="unexpected projector.1.0.weight"):
+        convert_transformer(state_dict)
+
+
+# The way back
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@each_case
+def test_original_to_ours_and_back(case, dtype, tmp_path):
+    state_dict = {name: tensor.to(dtype) for name, tensor in case_state_dict(case).items()}
+    model = convert_transformer(state_dict, case["options"]["num_heads"])
+    assert_same_state_dict(export_transformer(model), state_dict)
+
+    model.save_pretrained(tmp_path)
+    model = GMemTransformer2DModel.from_pretrained(tmp_path, dtype=dtype)
+    assert_same_state_dict(export_transformer(model), state_dict)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm_type": "layer_norm", "qk_norm": True, "adaln_shift": False, "learn_sigma": True},
+        {"ffn_type": "gelu", "use_rope": False, "alignment_layer": None},
+    ],
+)
+def test_ours_to_original_and_back(options, dtype):
+    torch.manual_seed(0)
+    config = {"sample_size": 4, "in_channels": 3, "num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8}
+    config |= {"memory_dim": 6, "alignment_dim": 5, "alignment_hidden_dim": 7}
+    model = GMemTransformer2DModel(**config | options).to(dtype).eval()
+    for parameter in model.parameters():
+        parameter.data.add_(torch.randn_like(parameter))
+    again = convert_transformer(export_transformer(model), num_attention_heads=2)
+    assert_same_state_dict(again.state_dict(), model.state_dict())
+    for name in ("mlp_ratio", "learn_sigma", "adaln_shift", "alignment_layer", "sample_size", "norm_type", "use_rope"):
+        assert again.config[name] == model.config[name]
+
+
+def test_positions_that_training_moved_come_back():
+    state_dict = case_state_dict(ROPE_CASE)
+    state_dict["pos_embed"] = state_dict["pos_embed"] + 1e-4
+    assert_same_state_dict(export_transformer(convert_transformer(state_dict)), state_dict)
+
+
+def test_adapters_and_fused_projections_are_not_exported():
+    model = convert_transformer(case_state_dict(ROPE_CASE))
+    model.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"unfuse projections first: .* transformer_blocks\.0\.attn\.to_qkv\.bias"):
+        export_transformer(model)
+    model.unfuse_qkv_projections()
+    peft = pytest.importorskip("peft")
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match=r"Merge adapters .* transformer_blocks\.0\.attn\.to_q\.base_layer\.weight"):
+        export_transformer(model)
