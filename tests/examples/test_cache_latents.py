@@ -15,6 +15,8 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from diffusers import AutoencoderDC, AutoencoderKL
+from reference_cases import assert_matches, case_tensors, reference_cases
+from safetensors.torch import save_file
 from sklearn.datasets import load_digits
 
 from diffusers_gmem.data import (
@@ -25,6 +27,7 @@ from diffusers_gmem.data import (
     image_to_tensor,
     load_autoencoder,
 )
+from diffusers_gmem.data.shards import Shard
 from diffusers_gmem.models.latent_normalization import normalize_latents
 
 
@@ -144,6 +147,20 @@ def test_the_rows_are_what_the_models_make_of_the_images(finished, workplace):
                 torch.testing.assert_close(found, tensor, **tolerance)
             if not flipped:
                 torch.testing.assert_close(bank[row], output.pooler_output[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", reference_cases("latent_statistics"), ids=lambda case: case["id"])
+def test_reference_statistics(case, script, tmp_path):
+    # Without a log-variance the mean is the latent. In two shards of unequal size; the flipped view is another one.
+    tensors, shards = case_tensors(case), []
+    for number, latents in enumerate(tensors["latents"].split([7, len(tensors["latents"]) - 7])):
+        kept = {"latents_mean": torch.stack([latents, 2 * latents + 1], dim=1)}
+        save_file(kept | script.latent_moments(kept), tmp_path / f"{number}.safetensors")
+        shards.append(Shard(f"{number}.safetensors", len(latents), 0, ""))
+    statistics = script.latent_statistics(tmp_path, shards)["plain"]
+    for name in ("mean", "std"):
+        found = torch.tensor(statistics[f"latents_{name}"]).view(tensors[name].shape)
+        assert_matches(case, name, found, tensors[name])
 
 
 def test_the_statistics_are_those_of_sampled_latents_and_reach_the_autoencoder(finished, workplace):

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
-from diffusers_gmem import GMemPipeline, GMemTransformer2DModel
+from diffusers_gmem import GMemFlowMatchScheduler, GMemMemoryBank, GMemPipeline, GMemTransformer2DModel
 from diffusers_gmem.data import ImageSource
 
 
@@ -251,6 +251,155 @@ def test_without_moving_average_the_weights_are_the_last(script, workplace):
     assert all(torch.equal(saved[name], trained[name]) for name in saved)
 
 
+def adaptation_arguments(workplace, pretrained, output_dir, **overrides):
+    """Arguments for a run from a pretrained pipeline, which brings its own encoder."""
+    options = {"pretrained_model_name_or_path": pretrained, "max_train_steps": 4, **overrides}
+    command = arguments(workplace, output_dir, **options)
+    for name in ("--image_encoder", "--model_config"):
+        position = command.index(name)
+        del command[position : position + 2]
+    return command
+
+
+def lora_weights(folder):
+    return load_file(Path(folder, "pytorch_lora_weights.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def lora(script, workplace, finished):
+    """LoRA layers for the pipeline of the first run, and the command that trained them."""
+    output_dir = workplace / "lora"
+    command = adaptation_arguments(
+        workplace,
+        finished[0],
+        output_dir,
+        use_lora=True,
+        rank=3,
+        lora_alpha=5,
+        lora_dropout=0.1,
+        lora_layers="to_q, to_v, linear_in",
+        gradient_checkpointing=True,
+        gradient_accumulation_steps=2,
+        random_flip=True,
+        alignment="online",
+        learning_rate=0.05,
+    )
+    train(script, command)
+    return output_dir, command
+
+
+def test_lora_layers_are_all_that_is_saved(lora, finished):
+    output_dir, _ = lora
+    tensors = lora_weights(output_dir)
+    layers = ("attn.to_q", "attn.to_v", "ff.linear_in")
+    assert tensors.keys() == {
+        f"transformer.transformer_blocks.{block}.{layer}.lora_{matrix}.weight"
+        for block in range(3)
+        for layer in layers
+        for matrix in "AB"
+    }
+    assert all(tensor.dtype == torch.float32 and tensor.any() for tensor in tensors.values())
+    assert tensors["transformer.transformer_blocks.0.attn.to_q.lora_A.weight"].shape == (3, 16)
+    assert not (output_dir / "model_index.json").exists() and not (output_dir / "transformer").exists()
+    for name, tensor in tensors.items():
+        averaged = lora_weights(output_dir / "checkpoint-4" / "transformer_ema")[name]
+        assert torch.equal(tensor, averaged) and not torch.equal(
+            tensor, lora_weights(output_dir / "checkpoint-4")[name]
+        )
+    weight_files = [path.name for path in (output_dir / "checkpoint-4").rglob("*.safetensors")]
+    assert set(weight_files) == {"pytorch_lora_weights.safetensors"}
+    # The pipeline they are for is as it was, its bank included
+    GMemPipeline.from_pretrained(finished[0]).memory_bank.verify()
+
+
+def test_a_pipeline_with_the_lora_layers_is_the_trained_one(lora, finished):
+    """The grid that the script drew with its own transformer at the end is drawn again."""
+    output_dir, _ = lora
+    pipe = GMemPipeline.from_pretrained(finished[0], memory_bank=GMemMemoryBank.from_pretrained(output_dir / "bank"))
+
+    def generated():
+        generators = [torch.Generator().manual_seed(k) for k in range(3)]
+        output = pipe(memory_indices=[0, 20, 39], generator=generators, num_inference_steps=2)
+        return np.concatenate([np.array(image) for image in output.images], axis=1).astype(int)
+
+    without = generated()
+    pipe.load_lora_weights(output_dir)
+    assert pipe.transformer.peft_config["default_0"].lora_alpha == 5
+    grid = np.array(PIL.Image.open(output_dir / "samples" / "step-0000004.png")).astype(int)
+    assert np.abs(generated() - grid[8:]).max() <= 1
+    assert np.abs(without - grid[8:]).max() > 10
+
+
+def test_resumed_lora_layers_are_those_of_the_run_that_was_not_interrupted(script, lora):
+    output_dir, command = lora
+    resumed = output_dir.with_name("resumed_lora")
+    shutil.copytree(output_dir, resumed)
+    shutil.rmtree(resumed / "checkpoint-4")
+    (resumed / "pytorch_lora_weights.safetensors").unlink()
+    command = [str(resumed) if word == str(output_dir) else word for word in command]
+    command += ["--resume_from_checkpoint", "latest"]
+    train(script, command)
+    for folder in ("", "checkpoint-4", "checkpoint-4/transformer_ema"):
+        expected = lora_weights(output_dir / folder)
+        for name, tensor in lora_weights(resumed / folder).items():
+            assert torch.equal(tensor, expected[name]), name
+
+    with pytest.raises(ValueError, match="are not those of --lora_layers to_q,to_k"):
+        train(script, [*command, "--lora_layers", "to_q,to_k"])
+
+
+def test_lora_layers_are_float32_and_what_they_adapt_is_not(script, workplace, finished, monkeypatch):
+    dtypes = {}
+    loss = script.flow_matching_loss
+
+    def spy(transformer, *args, **kwargs):
+        dtypes.update({name: parameter.dtype for name, parameter in transformer.named_parameters()})
+        return loss(transformer, *args, **kwargs)
+
+    monkeypatch.setattr(script, "flow_matching_loss", spy)
+    output_dir = workplace / "lora_bf16"
+    options = {"use_lora": True, "mixed_precision": "bf16", "max_train_steps": 2}
+    train(script, adaptation_arguments(workplace, finished[0], output_dir, **options))
+    for name, dtype in dtypes.items():
+        in_float32 = "lora" in name or "timestep_embedder" in name
+        assert dtype == (torch.float32 if in_float32 else torch.bfloat16), name
+    assert {tensor.dtype for tensor in lora_weights(output_dir).values()} == {torch.float32}
+    pipe = GMemPipeline.from_pretrained(finished[0])
+    pipe.load_lora_weights(output_dir)
+    assert pipe(num_inference_steps=2).images[0].size == (8, 8)
+
+
+def test_a_pretrained_pipeline_is_trained_further(script, workplace, finished):
+    pretrained, output_dir = finished[0], workplace / "further"
+    train(script, adaptation_arguments(workplace, pretrained, output_dir))
+    before, after = weights(pretrained / "transformer"), weights(output_dir / "transformer")
+    assert before.keys() == after.keys()
+    for name in before:
+        # Without --alignment the projector takes no part
+        fixed = name.startswith("alignment_projector") or name == "pos_embed"
+        assert torch.equal(before[name], after[name]) == fixed, name
+    pipe = GMemPipeline.from_pretrained(output_dir)
+    assert pipe.memory_bank.encoder == str(workplace / "encoder") and pipe.memory_bank.dim == 12
+    torch.testing.assert_close(pipe.memory_bank[:], GMemPipeline.from_pretrained(pretrained).memory_bank[:])
+
+
+def test_a_pretrained_pipeline_of_latents_is_trained_further(script, workplace):
+    first, pretrained, output_dir = (workplace / name for name in ("latent_1", "latent_2", "latent_3"))
+    train(script, arguments(workplace, first, vae=workplace / "vae", max_train_steps=2))
+    scheduler = GMemFlowMatchScheduler(shift=2.0)
+    GMemPipeline.from_pretrained(first, scheduler=scheduler).save_pretrained(pretrained)
+    train(script, adaptation_arguments(workplace, pretrained, output_dir, max_train_steps=2))
+    pipe = GMemPipeline.from_pretrained(output_dir)
+    assert pipe.vae.config.latents_std == [0.5, 0.6]
+    assert pipe.scheduler.config.shift == 2.0
+
+
+def test_a_pretrained_pipeline_takes_its_own_resolution(script, workplace, finished):
+    command = adaptation_arguments(workplace, finished[0], workplace / "larger", resolution=16)
+    with pytest.raises(ValueError, match=r"shape \(3, 16, 16\), but the pretrained one takes \(3, 8, 8\)"):
+        train(script, command)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(script, workplace):
     output_dir = workplace / "diverged"
     command = arguments(workplace, output_dir, learning_rate=1e30, max_grad_norm=1e30, lr_scheduler="constant")
@@ -267,6 +416,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, workplace):
         (["--train_data_dir", "a", "--train_batch_size", "0"], "--train_batch_size must be at least 1, got 0"),
         (["--train_data_dir", "a", "--memory_drop_prob", "1.5"], r"--memory_drop_prob must be in \[0, 1\], got 1.5"),
         (["--train_data_dir", "a", "--lr_scheduler", "steps"], "invalid choice: 'steps'"),
+        (["--train_data_dir", "a", "--use_lora"], "--use_lora needs --pretrained_model_name_or_path"),
+        (
+            ["--train_data_dir", "a", "--pretrained_model_name_or_path", "b", "--vae", "c"],
+            "--vae does not go with --pretrained_model_name_or_path",
+        ),
+        (
+            ["--train_data_dir", "a", "--pretrained_model_name_or_path", "b", "--output_dir", "./b"],
+            "--output_dir must be another folder than the pretrained pipeline's",
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(script, capsys, command, message):

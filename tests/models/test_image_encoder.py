@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny_transformer import relative_error
 from transformers import Dinov2Config, Dinov2Model, EfficientNetConfig, EfficientNetModel
 
 from diffusers_gmem.models.image_encoder import GMemImageEncoder
@@ -104,6 +105,51 @@ def test_round_trip_is_exact(backbone, tmp_path):
     assert loaded.config.snippet_dim == 3
     assert torch.equal(loaded(pixel_values).pooler_output, snippets)
     assert loaded.to(torch.bfloat16)(pixel_values.bfloat16()).pooler_output.dtype == torch.bfloat16
+
+
+def fitted(backbone):
+    encoder = GMemImageEncoder.from_backbone(backbone, hidden_layers=[1])
+    width = sum(encoder.config.feature_dims)
+    encoder.fit_projection(torch.randn(9, width, generator=torch.Generator().manual_seed(0)), snippet_dim=4)
+    return encoder
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "save, load",
+    [
+        ({"max_shard_size": "5KB"}, {}),
+        ({"variant": "fp16"}, {"variant": "fp16"}),
+        ({}, {"device_map": "cpu"}),
+        ({}, {"low_cpu_mem_usage": False}),
+    ],
+    ids=["shards", "variant", "device_map", "without_meta_device"],
+)
+def test_ways_of_saving_and_loading(backbone, save, load, tmp_path):
+    encoder, pixel_values = fitted(backbone), images(2, backbone)
+    encoder.save_pretrained(tmp_path, **save)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == ("max_shard_size" in save)
+    loaded = GMemImageEncoder.from_pretrained(tmp_path, **load)
+    assert torch.equal(loaded(pixel_values).pooler_output, encoder(pixel_values).pooler_output)
+    assert GMemImageEncoder.from_pretrained(tmp_path, dtype=torch.bfloat16, **load).projection.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_output_as_a_tuple(backbone):
+    encoder, pixel_values = fitted(backbone), images(2, backbone)
+    (snippets,) = encoder(pixel_values, return_dict=False)
+    assert torch.equal(snippets, encoder(pixel_values).pooler_output)
+
+
+@torch.no_grad()
+def test_group_offload_and_layerwise_casting(backbone):
+    encoder, pixel_values = fitted(backbone), images(2, backbone)
+    expected = encoder(pixel_values).pooler_output
+    encoder.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
+    assert torch.equal(encoder(pixel_values).pooler_output, expected)
+    encoder.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    assert torch.bfloat16 in {parameter.dtype for parameter in encoder.parameters()}
+    assert relative_error(encoder(pixel_values).pooler_output, expected) < 5e-2
 
 
 def test_wrong_arguments_are_named(backbone):

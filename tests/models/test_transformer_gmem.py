@@ -4,70 +4,21 @@
 import copy
 import math
 import pickle
-import shutil
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import PyramidAttentionBroadcastConfig
-from diffusers.models.attention_dispatch import attention_backend
-from peft import LoraConfig
+from accelerate import infer_auto_device_map
+from accelerate.utils import compute_module_sizes
 from reference_cases import assert_matches, case_state_dict, case_tensors, reference_cases
-from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tiny_transformer import BACKBONES, count_calls, each_backbone, make_inputs, make_model
 
 from diffusers_gmem.conversion.transformer import convert_transformer
-from diffusers_gmem.models.transformer_gmem import GMemAttnProcessor, GMemTransformer2DModel
+from diffusers_gmem.models.transformer_gmem import GMemTransformer2DModel
 
 
 MODEL_CASES = reference_cases("model_forward")
 each_model_case = pytest.mark.parametrize("case", MODEL_CASES, ids=lambda case: case["id"])
-
-BACKBONES = {
-    "lightning_dit": {},
-    "sit": {"norm_type": "layer_norm", "ffn_type": "gelu", "use_rope": False, "patch_size": 2, "learn_sigma": True},
-    "qk_norm": {"qk_norm": True, "adaln_shift": False},
-}
-each_backbone = pytest.mark.parametrize("options", BACKBONES.values(), ids=BACKBONES.keys())
-
-
-def make_model(**options):
-    """A tiny LightningDiT with random weights everywhere, so that no zero or one hides a mistake."""
-    config = {
-        "sample_size": 4,
-        "in_channels": 3,
-        "num_layers": 3,
-        "num_attention_heads": 2,
-        "attention_head_dim": 8,
-        "memory_dim": 12,
-        "alignment_layer": 2,
-        "alignment_dim": 5,
-        "alignment_hidden_dim": 7,
-        "patch_size": 1,
-        **options,
-    }
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = GMemTransformer2DModel(**config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter))
-    return model.eval()
-
-
-def make_inputs(batch_size=3, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "hidden_states": torch.randn(batch_size, 3, 4, 4, generator=generator),
-        "timestep": torch.rand(batch_size, generator=generator),
-        "memory": torch.randn(batch_size, 12, generator=generator),
-    }
-
-
-def relative_error(actual, expected):
-    return ((actual.float() - expected).norm() / expected.norm()).item()
 
 
 def load_case(case):
@@ -76,12 +27,6 @@ def load_case(case):
         other["options"]["num_heads"] for other in MODEL_CASES if other["file"] == case["weights_from"]
     )
     return convert_transformer(case_state_dict(case), heads)
-
-
-def count_calls(module):
-    calls = []
-    module.register_forward_hook(lambda *args: calls.append(args))
-    return calls
 
 
 def loss_and_gradients(model, **kwargs):
@@ -148,7 +93,8 @@ def test_reference_training(case):
     assert sum(parameter.numel() for parameter in model.parameters()) == case["n_trainable"]
 
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    zeros = {name: torch.zeros_like(tensor) for name, tensor in state_dict.items()}
+    # the rotary tables are checked and not converted
+    zeros = {name: tensor if "freqs" in name else torch.zeros_like(tensor) for name, tensor in state_dict.items()}
     names = [name.removeprefix("grad/") for name in tensors if name.startswith("grad/")]
     assert names
     for name in names:
@@ -394,6 +340,15 @@ def test_published_sizes(options, expected):
     assert model.pos_embed.device.type == "meta"
 
 
+@each_backbone
+def test_forward_on_the_meta_device(options):
+    with torch.device("meta"):
+        model = make_model(**options)
+    output = model(**{name: tensor.to("meta") for name, tensor in make_inputs().items()}, return_alignment=True)
+    assert output.sample.is_meta and output.sample.shape == (3, 3, 4, 4)
+    assert output.alignment.is_meta
+
+
 # Errors
 
 
@@ -455,115 +410,6 @@ def test_alignment_of_a_model_without_projector():
         make_model(alignment_layer=None)(**make_inputs(), return_alignment=True)
 
 
-# Number formats
-
-
-class FailOnFloat64(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operations = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self.operations += 1
-        for leaf in tree_leaves(result):
-            assert not isinstance(leaf, torch.Tensor) or leaf.dtype != torch.float64, func
-        return result
-
-
-@each_backbone
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_no_float64(options, dtype):
-    model = make_model(**options).train().to(dtype)
-    inputs = make_inputs() | {"hidden_states": make_inputs()["hidden_states"].to(dtype)}
-    with FailOnFloat64() as mode:
-        output = model(**inputs, return_alignment=True)
-        forward_operations = mode.operations
-        (output.sample.mean() + output.alignment.mean()).backward()
-    assert forward_operations > 100
-    assert mode.operations > 2 * forward_operations
-    with pytest.raises(AssertionError), FailOnFloat64():
-        torch.zeros(1) + torch.zeros(1, dtype=torch.float64)
-
-
-@each_model_case
-@pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
-def test_bfloat16_is_close_to_float32(case, autocast):
-    tensors, model = case_tensors(case), load_case(case)
-    x, t, memory = tensors["x"], tensors["t"], tensors["c"]
-    if not autocast:
-        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        output = model(x, t, memory, return_alignment=True)
-    assert output.sample.dtype == output.alignment.dtype == torch.bfloat16
-    assert relative_error(output.sample, tensors["v_eval"]) < 2e-2
-    assert relative_error(output.alignment, tensors["z_train"]) < 2e-2
-
-
-@pytest.fixture
-def warn_always():
-    torch.set_warn_always(True)  # torch gives many of its warnings once per process
-    yield
-    torch.set_warn_always(False)
-
-
-@each_backbone
-def test_autocast_trains_without_warnings(options, warn_always):
-    model = make_model(**options).train()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with torch.autocast("cpu", torch.bfloat16):
-            output = model(**make_inputs(), return_alignment=True)
-        (output.sample.float().square().mean() + output.alignment.float().square().mean()).backward()
-    for name, parameter in model.named_parameters():
-        assert parameter.grad.dtype == torch.float32 and parameter.grad.isfinite().all(), name
-
-
-def assert_float32_islands(model, dtype):
-    embeddings = count_calls(model.timestep_embedder)
-    rotary = count_calls(model.rotary_embedder)
-    timestep = torch.tensor([0.9, 0.9001, 0.9002])  # the same in bfloat16
-    inputs = make_inputs() | {"hidden_states": make_inputs()["hidden_states"].to(dtype), "timestep": timestep}
-    sample = model(**inputs).sample
-    assert sample.dtype == dtype
-    assert embeddings[0][2].dtype == torch.float32
-    assert (embeddings[0][2].diff(dim=0).norm(dim=1) > 0).all()
-    assert [table.dtype for table in rotary[0][2]] == [torch.float32, torch.float32]
-    assert {parameter.dtype for parameter in model.timestep_embedder.parameters()} == {torch.float32}
-    others = {tensor.dtype for name, tensor in model.state_dict().items() if "timestep_embedder" not in name}
-    assert others == {dtype}
-    assert model.dtype == dtype
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_casting_leaves_time_and_rotary_tables_in_float32(dtype, tmp_path):
-    model = make_model()
-    time_weights = {name: tensor.clone() for name, tensor in model.timestep_embedder.state_dict().items()}
-    model.save_pretrained(tmp_path)
-    for cast in (
-        copy.deepcopy(model).to(dtype),
-        copy.deepcopy(model).half().to(dtype=dtype),
-        GMemTransformer2DModel.from_pretrained(tmp_path, dtype=dtype),
-    ):
-        assert_float32_islands(cast, dtype)
-        for name, tensor in cast.timestep_embedder.state_dict().items():
-            assert torch.equal(tensor, time_weights[name])
-
-    cast.save_pretrained(tmp_path / "cast")
-    again = GMemTransformer2DModel.from_pretrained(tmp_path / "cast", dtype=dtype)
-    for name, tensor in cast.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor) and again.state_dict()[name].dtype == tensor.dtype
-
-
-def test_time_embedding_stays_float32_under_autocast():
-    model, inputs = make_model(), make_inputs()
-    calls = count_calls(model.timestep_embedder)
-    model(**inputs)
-    with torch.autocast("cpu", torch.bfloat16):
-        model(**inputs)
-    assert torch.equal(calls[0][2], calls[1][2])
-
-
 # Saving and loading
 
 
@@ -609,11 +455,39 @@ def test_from_config_restores_the_architecture():
     }
 
 
-def test_device_map(tmp_path):
+@each_backbone
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_device_map(options, place, tmp_path):
+    model = make_model(**options)
+    model.save_pretrained(tmp_path / "model")
+    device_map = {name: "cpu" for name, _ in model.named_children() if name != "transformer_blocks"}
+    device_map |= {f"transformer_blocks.{index}": place if index == 1 else "cpu" for index in range(3)}
+    device_map["pos_embed"] = "cpu"
+    loaded = GMemTransformer2DModel.from_pretrained(
+        tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
+    )
+    assert loaded.transformer_blocks[1].attn.to_q.weight.is_meta == (place == "disk")
+    assert torch.equal(loaded(**make_inputs()).sample, model(**make_inputs()).sample)
+
+
+def test_automatic_device_map(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
-    loaded = GMemTransformer2DModel.from_pretrained(tmp_path, device_map="cpu")
-    assert torch.equal(loaded(**make_inputs()).sample, model(**make_inputs()).sample)
+    for device_map in ("cpu", "auto"):
+        loaded = GMemTransformer2DModel.from_pretrained(tmp_path, device_map=device_map)
+        assert torch.equal(loaded(**make_inputs()).sample, model(**make_inputs()).sample)
+
+
+def test_blocks_are_not_split_over_devices():
+    with torch.device("meta"):
+        model = make_model()
+    size = compute_module_sizes(model)[""]
+    device_map = infer_auto_device_map(
+        model, max_memory={0: size // 2, "cpu": size}, no_split_module_classes=model._no_split_modules
+    )
+    assert set(device_map.values()) == {0, "cpu"}
+    inside_of_blocks = {name.split(".")[2:] != [] for name in device_map if name.startswith("transformer_blocks")}
+    assert inside_of_blocks == {False}
 
 
 @each_backbone
@@ -654,225 +528,3 @@ def test_null_memory_can_be_trained():
     model(make_inputs()["hidden_states"], make_inputs()["timestep"]).sample.square().mean().backward()
     assert model.memory_embedder.bias.grad.any()
     assert not model.memory_embedder.weight.grad.any()
-
-
-# torch.compile
-
-
-@pytest.fixture
-def dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@each_backbone
-def test_compile_has_no_graph_break(options, dynamo):
-    model = make_model(num_layers=1, alignment_layer=1, **options).train()
-    counter = CompileCounter()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    for batch_size in (3, 5, 4, 6):
-        inputs = make_inputs(batch_size)
-        outputs = []
-        for forward in (model, compiled):
-            torch.manual_seed(batch_size)  # of the memory dropout
-            outputs.append(forward(**inputs, return_alignment=True))
-        torch.testing.assert_close(outputs[0].sample, outputs[1].sample)
-        torch.testing.assert_close(outputs[0].alignment, outputs[1].alignment)
-    assert counter.frame_count == 2  # the first batch size, and then any
-
-
-def test_compile_in_eval_mode_with_and_without_memory(dynamo):
-    model = make_model(num_layers=1, alignment_layer=1)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    for memory in (make_inputs()["memory"], None):
-        inputs = make_inputs() | {"memory": memory}
-        torch.testing.assert_close(compiled(**inputs).sample, model(**inputs).sample)
-
-
-def test_compile_under_autocast_and_gradient_checkpointing(dynamo):
-    model = make_model(num_layers=1, alignment_layer=1).train()
-    model.enable_gradient_checkpointing()
-    inputs, mask = make_inputs(), torch.ones(3, 12)
-    losses, gradients = [], []
-    for forward in (model, torch.compile(model, fullgraph=True, backend="eager")):
-        model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            sample = forward(**inputs, memory_dropout_mask=mask).sample
-        losses.append(sample.float().square().mean())
-        losses[-1].backward()
-        gradients.append(model.memory_embedder.weight.grad.clone())
-    torch.testing.assert_close(losses[0], losses[1])
-    torch.testing.assert_close(gradients[0], gradients[1])
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="the inductor backend needs a C++ compiler")
-def test_compile_with_inductor(dynamo):
-    model = make_model(num_layers=1, alignment_layer=1)
-    inputs = make_inputs()
-    expected = model(**inputs, return_alignment=True)
-    output = torch.compile(model, fullgraph=True)(**inputs, return_alignment=True)
-    torch.testing.assert_close(output.sample, expected.sample)
-    torch.testing.assert_close(output.alignment, expected.alignment)
-
-
-def test_compile_repeated_blocks(dynamo):
-    model, inputs = make_model(), make_inputs()
-    expected = model(**inputs).sample
-    counter = CompileCounter()
-    model.compile_repeated_blocks(fullgraph=True, backend=counter)
-    torch.testing.assert_close(model(**inputs).sample, expected)
-    assert counter.frame_count == 1  # one graph serves all blocks
-
-
-# Attention
-
-
-@each_backbone
-def test_attention_backends(options):
-    model, inputs = make_model(**options), make_inputs()
-    expected = model(**inputs).sample
-    for backend in ("native", "_native_math"):
-        model.set_attention_backend(backend)
-        assert model.transformer_blocks[0].attn.processor._attention_backend == backend
-        torch.testing.assert_close(model(**inputs).sample, expected)
-    model.reset_attention_backend()
-    with pytest.raises(ValueError, match="backend"):
-        model.set_attention_backend("no_such_backend")
-
-
-class RecordOperations(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_the_models_own_backend_wins_over_the_active_one():
-    model = make_model()
-    names = {}
-    for backend in ("native", "_native_math"):
-        model.set_attention_backend(backend)
-        with torch.no_grad(), attention_backend("native"), RecordOperations() as operations:
-            model(**make_inputs())
-        names[backend] = operations.names
-    model.reset_attention_backend()
-    assert any("scaled_dot_product" in name for name in names["native"])
-    assert not any("scaled_dot_product" in name for name in names["_native_math"])
-
-
-def test_attention_processors():
-    model, inputs = make_model(), make_inputs()
-    assert list(model.attn_processors) == [f"transformer_blocks.{i}.attn.processor" for i in range(3)]
-
-    class SelfOnly(GMemAttnProcessor):
-        def __call__(self, attn, hidden_states, image_rotary_emb=None):
-            return attn.to_out[0](attn.to_v(hidden_states))
-
-    expected = model(**inputs).sample
-    model.set_attn_processor(SelfOnly())
-    assert not torch.allclose(model(**inputs).sample, expected)
-    model.set_attn_processor(GMemAttnProcessor())
-    assert torch.equal(model(**inputs).sample, expected)
-
-
-@each_backbone
-def test_fused_projections(options):
-    model, inputs = make_model(**options), make_inputs()
-    expected = model(**inputs).sample
-    separate = count_calls(model.transformer_blocks[0].attn.to_q)
-    model.fuse_qkv_projections()
-    torch.testing.assert_close(model(**inputs).sample, expected)
-    assert not separate
-    model.unfuse_qkv_projections()
-    assert torch.equal(model(**inputs).sample, expected)
-    assert len(separate) == 1
-
-
-# Memory savers, caches and adapters of diffusers
-
-
-@each_backbone
-@pytest.mark.parametrize("storage_dtype", [torch.float8_e4m3fn, torch.bfloat16])
-def test_layerwise_casting(options, storage_dtype):
-    model, inputs = make_model(**options), make_inputs()
-    expected = model(**inputs).sample
-    model.enable_layerwise_casting(storage_dtype=storage_dtype, compute_dtype=torch.float32)
-    block = model.transformer_blocks[0]
-    assert block.attn.to_q.weight.dtype == block.ff.linear_in.weight.dtype == storage_dtype
-    for kept in (model.x_embedder, model.timestep_embedder, model.memory_embedder, block.norm1, block.attn.norm_q):
-        assert kept is None or {parameter.dtype for parameter in kept.parameters()} <= {torch.float32}
-    error = relative_error(model(**inputs).sample, expected)
-    assert 0 < error < (0.2 if storage_dtype == torch.float8_e4m3fn else 0.02)
-    assert block.attn.to_q.weight.dtype == storage_dtype
-
-
-@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
-def test_group_offload(offload_type):
-    model, inputs = make_model(), make_inputs()
-    expected = model(**inputs, return_alignment=True)
-    model.enable_group_offload(
-        onload_device=torch.device("cpu"),
-        offload_type=offload_type,
-        num_blocks_per_group=1 if offload_type == "block_level" else None,
-    )
-    output = model(**inputs, return_alignment=True)
-    assert torch.equal(output.sample, expected.sample)
-    assert torch.equal(output.alignment, expected.alignment)
-
-
-def test_pyramid_attention_broadcast():
-    model, inputs = make_model(), make_inputs()
-    expected = model(**inputs).sample
-    model.enable_cache(
-        PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2,
-            spatial_attention_timestep_skip_range=(100, 900),
-            current_timestep_callback=lambda: 500,
-        )
-    )
-    calls = count_calls(model.transformer_blocks[0].attn.to_q)
-    with model.cache_context("cond"):
-        for _ in range(4):
-            torch.testing.assert_close(model(**inputs).sample, expected)
-    assert len(calls) < 4
-    model.disable_cache()
-    torch.testing.assert_close(model(**inputs).sample, expected)
-
-
-LORA = {"r": 2, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "init_lora_weights": False}
-
-
-def test_lora_is_saved_and_loaded(tmp_path):
-    model, inputs = make_model(), make_inputs()
-    plain = model(**inputs).sample
-    model.add_adapter(LoraConfig(**LORA))
-    expected = model(**inputs).sample
-    assert not torch.allclose(expected, plain)
-    model.save_lora_adapter(tmp_path)
-
-    other = make_model()
-    other.load_lora_adapter(tmp_path, prefix=None, use_safetensors=True)
-    torch.testing.assert_close(other(**inputs).sample, expected)
-    torch.testing.assert_close(other(**inputs, attention_kwargs={"scale": 0.0}).sample, plain)
-    other.disable_adapters()
-    torch.testing.assert_close(other(**inputs).sample, plain)
-    other.enable_adapters()
-    other.fuse_lora()
-    other.unload_lora()
-    torch.testing.assert_close(other(**inputs).sample, expected)
-
-
-def test_only_lora_weights_train():
-    model = make_model().train()
-    model.requires_grad_(False)
-    model.add_adapter(LoraConfig(**LORA))
-    model.enable_gradient_checkpointing()
-    model(**make_inputs()).sample.square().mean().backward()
-    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert len(trained) == 2 * 4 * 3
-    assert all("lora_" in name for name in trained)

@@ -163,16 +163,22 @@ class GMemImageEncoder(ModelMixin, ConfigMixin):
         """Features `(batch_size, sum(feature_dims))` to snippets `(batch_size, snippet_dim)`."""
         return F.linear(features - self.mean, self.projection)
 
-    def forward(self, pixel_values: torch.Tensor) -> GMemImageEncoderOutput:
+    def forward(
+        self, pixel_values: torch.Tensor, return_dict: bool = True
+    ) -> GMemImageEncoderOutput | tuple[torch.Tensor]:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`):
                 What the backbone's image processor returns.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`GMemImageEncoderOutput`] or a tuple `(snippets,)`.
         """
         output = self.backbone(pixel_values, output_hidden_states=len(self.config.hidden_layers) > 0)
         features = torch.cat(_pool_features(output, self.config.hidden_layers, self.config.grid_size), dim=1)
         if self.config.snippet_dim is not None:
             features = self.project(features)
+        if not return_dict:
+            return (features,)
         return GMemImageEncoderOutput(pooler_output=features)
 
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_gmem authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +52,17 @@ class GMemTimestepEmbedding(TimestepEmbedding):
         return super()._apply(move_without_casting, recurse)
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        if not torch.amp.is_autocast_available(sample.device.type):  # "meta"
+            return super().forward(sample)
         with torch.autocast(sample.device.type, enabled=False):
             return super().forward(sample)
+
+
+class GMemRMSNorm(nn.RMSNorm):
+    """RMSNorm whose input may be float32 when the weight is not: torch has a fused kernel only for equal dtypes."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(hidden_states, self.normalized_shape, self.weight.to(hidden_states.dtype), self.eps)
 
 
 class GMemRotaryPosEmbed(nn.Module):
@@ -170,7 +180,7 @@ class GMemFeedForward(nn.Module):
 
 def _make_norm(norm_type: str, dim: int) -> nn.Module:
     if norm_type == "rms_norm":
-        return nn.RMSNorm(dim, eps=1e-6)
+        return GMemRMSNorm(dim, eps=1e-6)
     return nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
 
 
@@ -182,6 +192,11 @@ def _modulate(hidden_states: torch.Tensor, scale: torch.Tensor, shift: torch.Ten
 
 @maybe_allow_in_graph
 class GMemTransformerBlock(nn.Module):
+    """
+    `hidden_states`, the sum of what the blocks add, is float32 whatever the dtype of the weights: its rounding would be
+    the largest error of bfloat16, and the first overflow of float16. `conditioning` has the dtype to compute in.
+    """
+
     def __init__(
         self,
         dim: int,
@@ -207,19 +222,38 @@ class GMemTransformerBlock(nn.Module):
         conditioning: torch.Tensor,
         image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        modulation = self.adaln_linear(F.silu(conditioning)).unsqueeze(1)
+        modulation = self.adaln_linear(conditioning).unsqueeze(1)
         if self.adaln_shift:
             shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=-1)
         else:
             scale_attn, gate_attn, scale_ff, gate_ff = modulation.chunk(4, dim=-1)
             shift_attn = shift_ff = None
 
-        norm_hidden_states = _modulate(self.norm1(hidden_states), scale_attn, shift_attn)
+        norm_hidden_states = _modulate(self.norm1(hidden_states), scale_attn, shift_attn).to(conditioning.dtype)
         hidden_states = torch.addcmul(hidden_states, gate_attn, self.attn(norm_hidden_states, image_rotary_emb))
 
-        norm_hidden_states = _modulate(self.norm2(hidden_states), scale_ff, shift_ff)
+        norm_hidden_states = _modulate(self.norm2(hidden_states), scale_ff, shift_ff).to(conditioning.dtype)
         hidden_states = torch.addcmul(hidden_states, gate_ff, self.ff(norm_hidden_states))
         return hidden_states
+
+
+# diffusers' caches and the guiders that skip layers ask here what a block takes and returns. The registry is private:
+# should it move, they refuse the block by name, and all else works.
+with contextlib.suppress(ImportError):
+    from diffusers.hooks._helpers import (
+        AttentionProcessorMetadata,
+        AttentionProcessorRegistry,
+        TransformerBlockMetadata,
+        TransformerBlockRegistry,
+    )
+
+    TransformerBlockRegistry.register(GMemTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0))
+    AttentionProcessorRegistry.register(
+        GMemAttnProcessor,
+        AttentionProcessorMetadata(
+            skip_processor_output_fn=lambda attn, hidden_states, *args, **kwargs: hidden_states
+        ),
+    )
 
 
 class GMemTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin, AttentionMixin):
@@ -229,6 +263,8 @@ class GMemTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
 
     The defaults are the published LightningDiT-XL/1 for 16x16x32 VA-VAE latents. SiT is `norm_type="layer_norm",
     ffn_type="gelu", use_rope=False`.
+
+    In whatever dtype the model is, its time embedding, its rotary tables and the sum of its blocks are float32.
 
     Args:
         sample_size (`int`, defaults to 16):
@@ -388,6 +424,11 @@ class GMemTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         nn.init.normal_(self.timestep_embedder.linear_1.weight, std=0.02)
         nn.init.normal_(self.timestep_embedder.linear_2.weight, std=0.02)
 
+    def load_lora_adapter(self, *args, **kwargs) -> None:
+        """[`PeftAdapterMixin.load_lora_adapter`]; the new layers are in the mode (train or eval) of the model."""
+        super().load_lora_adapter(*args, **kwargs)
+        self.train(self.training)  # diffusers leaves them in train mode, in which their dropout acts
+
     @apply_lora_scale("attention_kwargs")
     def forward(
         self,
@@ -449,7 +490,8 @@ class GMemTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
 
         # 1. Tokens
         hidden_states = self.x_embedder(hidden_states).flatten(2).transpose(1, 2)
-        hidden_states = hidden_states + self.pos_embed
+        dtype = hidden_states.dtype
+        hidden_states = hidden_states.float() + self.pos_embed
         grid_height, grid_width = height // self.config.patch_size, width // self.config.patch_size
         image_rotary_emb = None
         if self.rotary_embedder is not None:
@@ -462,8 +504,8 @@ class GMemTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
         else:
             memory = F.dropout(memory, self.config.memory_dropout, training=self.training)
         time_embedding = self.timestep_embedder(self.time_proj(timestep.expand(batch_size)))
-        memory_embedding = self.memory_embedder(memory.to(hidden_states.dtype))
-        conditioning = time_embedding.to(hidden_states.dtype) + memory_embedding
+        memory_embedding = self.memory_embedder(memory.to(dtype))
+        conditioning = F.silu(time_embedding + memory_embedding).to(dtype)
 
         # 3. Blocks
         alignment = None
@@ -473,12 +515,12 @@ class GMemTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
             else:
                 hidden_states = block(hidden_states, conditioning, image_rotary_emb)
             if return_alignment and index == self.config.alignment_layer:
-                alignment = self.alignment_projector(hidden_states)
+                alignment = self.alignment_projector(hidden_states.to(dtype))
 
         # 4. Output: tokens back to an image, (patch row, patch column, channel) within a token
-        shift, scale = self.adaln_out(F.silu(conditioning)).unsqueeze(1).chunk(2, dim=-1)
+        shift, scale = self.adaln_out(conditioning).unsqueeze(1).chunk(2, dim=-1)
         hidden_states = _modulate(self.norm_out(hidden_states), scale, shift)
-        hidden_states = self.proj_out(hidden_states)
+        hidden_states = self.proj_out(hidden_states.to(dtype))
         patch_size = self.config.patch_size
         hidden_states = hidden_states.reshape(batch_size, grid_height, grid_width, patch_size, patch_size, -1)
         sample = hidden_states.permute(0, 5, 1, 3, 2, 4).reshape(batch_size, -1, height, width)
