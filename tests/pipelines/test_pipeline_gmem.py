@@ -15,20 +15,35 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     FlowMatchLCMScheduler,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
     TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
 )
-from diffusers.utils import logging
 from reference_cases import assert_matches, case_state_dict, case_tensors, reference_cases
-from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+from tiny_pipeline import (
+    LABELS,
+    MEMORY_DIM,
+    batch_sizes,
+    make_bank,
+    make_image_encoder,
+    make_picture,
+    make_pipeline,
+    make_transformer,
+    make_vae,
+    quiet,
+    record_evaluations,
+    run,
+    seed,
+)
 
 from diffusers_gmem import (
     GMemFlowMatchScheduler,
@@ -39,99 +54,6 @@ from diffusers_gmem import (
     GMemTransformer2DModel,
 )
 from diffusers_gmem.conversion import convert_transformer
-
-
-MEMORY_DIM = 16
-LABELS = [0, 0, 1, 1, 2, 2, 2]
-ID2LABEL = {0: "cat", 1: "dog", 2: "fish"}
-
-
-def seed(number):
-    return torch.Generator().manual_seed(number)
-
-
-def make_transformer(cls=GMemTransformer2DModel, **config):
-    torch.manual_seed(0)
-    config = {"in_channels": 4, "num_layers": 2, **config}
-    return cls(
-        sample_size=8,
-        patch_size=2,
-        num_attention_heads=2,
-        attention_head_dim=16,
-        memory_dim=MEMORY_DIM,
-        alignment_layer=None,
-        **config,
-    )
-
-
-def make_vae():
-    torch.manual_seed(1)
-    return AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        latents_mean=[0.1, -0.2, 0.3, -0.4],
-        latents_std=[1.5, 0.5, 2.0, 0.7],
-        scaling_factor=0.8,
-    )
-
-
-def make_bank(generator=2, dim=MEMORY_DIM):
-    snippets = torch.randn(len(LABELS), dim, generator=seed(generator))
-    return GMemMemoryBank(snippets, labels=LABELS, id2label=ID2LABEL)
-
-
-def make_image_encoder():
-    torch.manual_seed(3)
-    config = Dinov2Config(
-        hidden_size=MEMORY_DIM, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    processor = BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    return {"image_encoder": Dinov2Model(config), "image_processor": processor}
-
-
-def make_picture(number=0):
-    pixels = torch.randint(256, (30, 40, 3), generator=seed(number), dtype=torch.uint8)
-    return PIL.Image.fromarray(pixels.numpy())
-
-
-def quiet(pipe):
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def make_pipeline(transformer=None, scheduler=None, **components):
-    """A pixel-space pipeline without a bank, unless the components say otherwise."""
-    return quiet(GMemPipeline(transformer or make_transformer(), scheduler or GMemFlowMatchScheduler(), **components))
-
-
-def run(pipe, **arguments):
-    """A short run from seed 0, as an array (or what `output_type` says)."""
-    arguments = {"num_inference_steps": 3, "generator": seed(0), "output_type": "np", **arguments}
-    return pipe(**arguments)
-
-
-def record_evaluations(pipe):
-    """A list that fills with the arguments of each evaluation of the transformer."""
-    evaluations = []
-    pipe.transformer.register_forward_pre_hook(
-        lambda module, args, kwargs: evaluations.append(kwargs), with_kwargs=True
-    )
-    return evaluations
-
-
-def batch_sizes(evaluations):
-    return [len(evaluation["hidden_states"]) for evaluation in evaluations]
-
-
-@pytest.fixture
-def warnings(caplog):
-    """What diffusers' loggers say, at warning level or above, from here on."""
-    logging.enable_propagation()
-    yield caplog
-    logging.disable_propagation()
 
 
 @pytest.fixture
@@ -163,41 +85,48 @@ class GivenNoise(GMemFlowMatchScheduler):
         return super().step(model_output, timestep, sample, variance_noise=noise, return_dict=return_dict)
 
 
-def is_end_to_end(case):
-    options = case["options"]
-    if "weights_from" not in case or (options["path"], options["prediction"]) != ("Linear", "velocity"):
-        return False
+def reference_scheduler(options):
+    """The scheduler of a sampler case, without its draws, and its number of steps."""
+    prediction = {"velocity": "flow_prediction", "noise": "epsilon", "score": "score"}[options["prediction"]]
+    config = {"path_type": options["path"].lower(), "prediction_type": prediction}
+    if options["sample_eps"] is not None:
+        config["sample_eps"] = options["sample_eps"]
     if options["mode"] == "ODE":
-        return options["sampling_method"] in ("euler", "heun2")
-    return options["diffusion_form"] == "linear" and options["last_step"] == "Mean"
+        shift = options["timestep_shift"]
+        config |= {
+            "stochastic": False,
+            "solver": options["sampling_method"].removesuffix("2"),
+            "shift": 1 / shift if shift > 0 else 1.0,
+            "atol": 1e-7,
+            "rtol": 1e-7,
+        }
+        return GivenNoise(**config), options["num_steps"] - 1
+    last_step = options["last_step"]
+    config |= {
+        "solver": options["sampling_method"].lower(),
+        "diffusion_form": options["diffusion_form"].lower().replace("inccreasing", "increasing"),
+        "diffusion_norm": options["diffusion_norm"],
+        "last_step": last_step and last_step.lower(),
+        "last_step_size": options["last_step_size"],
+    }
+    return GivenNoise(**config), options["num_steps"] - (last_step is None)
 
 
-@pytest.mark.parametrize("case", list(filter(is_end_to_end, reference_cases("sampler"))), ids=lambda case: case["id"])
+END_TO_END = [case for case in reference_cases("sampler") if "weights_from" in case]
+
+
+@pytest.mark.parametrize("case", END_TO_END, ids=lambda case: case["id"])
 def test_reference_run(case):
     tensors, options = case_tensors(case), case["options"]
     batch_size = case["B"]
     latents = tensors["x_init"][:batch_size]
-    if options["mode"] == "ODE":
-        shift = options["timestep_shift"]
-        scheduler = GMemFlowMatchScheduler(
-            stochastic=False,
-            solver=options["sampling_method"].removesuffix("2"),
-            shift=1 / shift if shift > 0 else 1.0,
-        )
-        num_steps = options["num_steps"] - 1
-    else:
-        scheduler = GivenNoise(
-            solver=options["sampling_method"].lower(),
-            diffusion_norm=options["diffusion_norm"],
-            last_step_size=options["last_step_size"],
-        )
-        num_steps = options["num_steps"]
-        scheduler.draws = list(tensors["noise"][:, :batch_size])
-        if scheduler.order == 2:
-            # Given noise for the first step, in place of what `init_noise_sigma` makes of one draw
-            scheduler.set_timesteps(num_steps)
-            latents = scheduler.add_step_noise(latents, scheduler.timesteps[0], variance_noise=scheduler.draws.pop(0))
-            latents = latents / scheduler.init_noise_sigma
+    scheduler, num_steps = reference_scheduler(options)
+    scheduler.draws = list(tensors["noise"][:, :batch_size]) if "noise" in tensors else []
+    if scheduler.config.stochastic and scheduler.order == 2:
+        # Given noise for the first step, in place of what `init_noise_sigma` makes of one draw
+        scheduler.set_timesteps(num_steps)
+        latents = scheduler.add_step_noise(latents, scheduler.timesteps[0], variance_noise=scheduler.draws.pop(0))
+        latents = latents / scheduler.init_noise_sigma
 
     guidance = {}
     if case["cfg"] is not None:
@@ -214,8 +143,12 @@ def test_reference_run(case):
         **guidance,
     )
 
-    assert_matches(case, "xs", output.images, tensors["xs"][-1, :batch_size])
-    assert len(evaluations) == case["model_evals_needed"] == pipe.num_timesteps
+    assert len(evaluations) == pipe.num_timesteps
+    if options["sampling_method"] == "dopri5":  # that of the reference is less accurate
+        torch.testing.assert_close(output.images, tensors["xs_tight"][-1, :batch_size], rtol=1e-4, atol=1e-4)
+    else:
+        assert_matches(case, "xs", output.images, tensors["xs"][-1, :batch_size])
+        assert len(evaluations) == case["model_evals_needed"]
     for evaluation in evaluations:
         time = evaluation["timestep"][0].item()
         guided = guidance and interval[0] - 1e-6 <= time <= interval[1] + 1e-6
@@ -578,6 +511,21 @@ def test_output_types_in_pixel_space(pipe):
     assert run(pipe, num_images=2, output_type="pil").images[1].size == (8, 8)
 
 
+@pytest.mark.parametrize("force_upcast", [True, False])
+def test_vae_of_half_precision(force_upcast):
+    vae = make_vae()
+    vae.register_to_config(force_upcast=force_upcast)
+    pipe = make_pipeline(vae=vae, memory_bank=make_bank())
+    expected = run(pipe, memory_indices=[1, 2]).images
+    vae.to(torch.float16)
+    decoded = []
+    vae.decoder.register_forward_pre_hook(lambda module, inputs: decoded.append((inputs[0].dtype, vae.dtype)))
+    images = run(pipe, memory_indices=[1, 2]).images
+    dtype = torch.float32 if force_upcast else torch.float16
+    assert decoded == [(dtype, dtype)] and vae.dtype == torch.float16
+    np.testing.assert_allclose(images, expected, rtol=0, atol=5e-3)
+
+
 def test_default_output_is_pil():
     pipe = make_pipeline(make_transformer(in_channels=3), memory_bank=make_bank())
     output = pipe(num_inference_steps=2)
@@ -638,6 +586,20 @@ def test_callback_changes_memory(pipe):
     assert all(torch.equal(evaluation["memory"][:2], flipped) for evaluation in evaluations[2:])
 
 
+def test_callback_changes_guidance(pipe):
+    def callback(pipe, index, timestep, tensors):
+        pipe._guidance_scale += 1.0
+        return tensors
+
+    evaluations = record_evaluations(pipe)
+    run(pipe, memory_indices=[1], guidance_scale=0.0, callback_on_step_end=callback)
+    assert batch_sizes(evaluations) == [2, 1, 2, 2, 2]  # 1 is no guidance
+    assert pipe.guidance_scale == pipe.num_timesteps == 5
+    constant = run(pipe, memory_indices=[1], guidance_scale=2.0).images
+    growing = run(pipe, memory_indices=[1], guidance_scale=2.0, callback_on_step_end=callback).images
+    assert np.abs(growing - constant).max() > 0.01
+
+
 def test_interrupt(pipe):
     def callback(pipe, index, timestep, tensors):
         pipe._interrupt = index == 1
@@ -691,11 +653,25 @@ def test_attention_kwargs_reach_the_transformer(pipe):
     assert all(evaluation["attention_kwargs"] == {"scale": 0.5} for evaluation in evaluations)
 
 
-def test_feature_cache_of_diffusers(pipe):
-    # Such caches keep one state per kind of evaluation, and need the pipeline to say which one is next
-    arguments = {"memory_indices": [0, 1], "guidance_scale": 2.0, "guidance_interval": (0.3, 0.8)}
+CACHES = {
+    "pyramid attention broadcast": lambda pipe: PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2,
+        spatial_attention_timestep_skip_range=(100, 900),
+        current_timestep_callback=lambda: pipe.current_timestep,
+    ),
+    "first block": lambda pipe: FirstBlockCacheConfig(threshold=0.5),
+    "magnitude": lambda pipe: MagCacheConfig(num_inference_steps=15, mag_ratios=torch.ones(15)),
+    "taylorseer": lambda pipe: TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2),
+}
+
+
+@pytest.mark.parametrize("make_config", CACHES.values(), ids=CACHES.keys())
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8)], ids=["all", "interval"])
+def test_caches_of_diffusers(pipe, make_config, interval):
+    # They keep what they know from evaluation to evaluation, while guidance in an interval changes the batch size
+    arguments = {"memory_indices": [0, 1], "guidance_scale": 2.0, "guidance_interval": interval}
     exact = run(pipe, num_inference_steps=8, **arguments).images
-    pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2))
+    pipe.transformer.enable_cache(make_config(pipe))
     cached = run(pipe, num_inference_steps=8, **arguments).images
     assert not np.array_equal(cached, exact)
     np.testing.assert_allclose(cached, exact, atol=0.1)
@@ -708,18 +684,77 @@ def test_docstring_has_the_example():
     assert ">>> from diffusers_gmem import GMemPipeline" in GMemPipeline.__call__.__doc__
 
 
-# Schedulers of diffusers. For data ~ N(MEAN, STD^2) the velocity is known, and the exact ODE takes z to MEAN + STD * z.
+# For data ~ N(MEAN, STD^2) the velocity is known, and the exact ODE takes z to MEAN + STD * z
 
 
 MEAN, STD = 0.5, 0.4
 
 
 class GaussianTransformer(GMemTransformer2DModel):
+    path_type, prediction_type = "linear", "flow_prediction"
+
     def forward(self, hidden_states, timestep, memory=None, attention_kwargs=None, return_dict=True):
         t = timestep.double().view(-1, 1, 1, 1)
-        variance = t**2 * STD**2 + (1 - t) ** 2
-        velocity = MEAN + (t * STD**2 - (1 - t)) / variance * (hidden_states.double() - t * MEAN)
-        return (velocity.float(),)
+        if self.path_type == "linear":
+            alpha, sigma, alpha_slope, sigma_slope = t, 1 - t, 1, -1
+        else:
+            angle = torch.pi / 2 * t
+            alpha, sigma = angle.sin(), angle.cos()
+            alpha_slope, sigma_slope = torch.pi / 2 * sigma, -torch.pi / 2 * alpha
+        deviation = (hidden_states.double() - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+        output = {
+            "flow_prediction": alpha_slope * (MEAN + alpha * STD**2 * deviation) + sigma_slope * sigma * deviation,
+            "epsilon": sigma * deviation,
+            "score": -deviation,
+        }[self.prediction_type]
+        return (output.float(),)
+
+
+@pytest.mark.parametrize("prediction_type", ["flow_prediction", "epsilon", "score"])
+@pytest.mark.parametrize("path_type", ["linear", "gvp"])
+def test_every_path_and_prediction(path_type, prediction_type):
+    transformer = make_transformer(GaussianTransformer, num_layers=1)
+    transformer.path_type, transformer.prediction_type = path_type, prediction_type
+    scheduler = GMemFlowMatchScheduler(
+        path_type=path_type, prediction_type=prediction_type, stochastic=False, solver="rk4"
+    )
+    pipe = make_pipeline(transformer, scheduler)
+    evaluations = record_evaluations(pipe)
+    latents = torch.randn(4, 4, 8, 8, generator=seed(0))
+    output = pipe(memory=torch.ones(4, MEMORY_DIM), latents=latents, num_inference_steps=40, output_type="latent")
+    torch.testing.assert_close(output.images, MEAN + STD * latents, rtol=0, atol=5e-3)
+    assert len(evaluations) == pipe.num_timesteps == 160
+    times = torch.stack([evaluation["timestep"][0] for evaluation in evaluations])
+    torch.testing.assert_close(times, 1 - scheduler.sigmas[:-1])
+
+
+def test_adaptive_solver(capfd):
+    scheduler = GMemFlowMatchScheduler(stochastic=False, solver="dopri5", rtol=1e-5)
+    pipe = make_pipeline(make_transformer(GaussianTransformer, num_layers=1), scheduler)
+    pipe.set_progress_bar_config(disable=False)
+    evaluations = record_evaluations(pipe)
+    seen = []
+
+    def callback(pipe, index, timestep, tensors):
+        seen.append((index, timestep.item(), index == pipe.num_timesteps - 1))
+        return tensors
+
+    latents = torch.randn(4, 4, 8, 8, generator=seed(0))
+    output = pipe(
+        memory=torch.ones(4, MEMORY_DIM),
+        latents=latents,
+        num_inference_steps=5,
+        guidance_scale=2.0,  # changes nothing here: the model does not look at the memory
+        guidance_interval=(0.5, 1.0),
+        output_type="latent",
+        callback_on_step_end=callback,
+    )
+    torch.testing.assert_close(output.images, MEAN + STD * latents, rtol=0, atol=1e-4)
+    count = len(evaluations)
+    assert count == pipe.num_timesteps == len(scheduler.timesteps) > 13
+    assert seen == [(i, scheduler.timesteps[i].item(), i == count - 1) for i in range(count)]
+    assert batch_sizes(evaluations) == [8 if sigma <= 0.5 + 1e-6 else 4 for sigma in scheduler.sigmas[:-1]]
+    assert f"{count}/{count}" in capfd.readouterr().err
 
 
 FLOW_SCHEDULERS = {
@@ -795,16 +830,44 @@ def test_flow_schedulers_run_unchanged_with_everything(latent_pipe, from_config,
         DDIMScheduler(),
         EulerDiscreteScheduler(),
         UniPCMultistepScheduler(prediction_type="flow_prediction"),
-        UniPCMultistepScheduler(use_flow_sigmas=True),
         DPMSolverMultistepScheduler(),
         FlowMatchLCMScheduler(),
     ],
-    ids=["ddim", "euler", "unipc without flow sigmas", "unipc of epsilon", "dpm++", "lcm"],
+    ids=["ddim", "euler", "unipc without flow sigmas", "dpm++", "lcm"],
 )
 def test_other_schedulers_are_refused_by_name(pipe, scheduler):
     pipe.scheduler = scheduler
     with pytest.raises(ValueError, match=f"^{type(scheduler).__name__}, .*GMemFlowMatchScheduler.*use_flow_sigmas"):
         run(pipe, memory_indices=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "shown"),
+    [
+        ({"path_type": "gvp"}, "path_type='gvp', prediction_type='flow_prediction'"),
+        ({"path_type": "vp"}, "path_type='vp'"),
+        ({"prediction_type": "epsilon"}, "prediction_type='epsilon'"),
+        ({"prediction_type": "epsilon", "path_type": "gvp"}, "path_type='gvp', prediction_type='epsilon'"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "from_config",
+    [
+        FlowMatchEulerDiscreteScheduler.from_config,
+        FlowMatchHeunDiscreteScheduler.from_config,
+        partial(UniPCMultistepScheduler.from_config, use_flow_sigmas=True),
+        partial(DPMSolverMultistepScheduler.from_config, use_flow_sigmas=True),
+    ],
+    ids=["euler", "heun", "unipc", "dpm++"],
+)
+def test_schedulers_of_diffusers_sample_flows_on_the_linear_path_only(pipe, tmp_path, from_config, config, shown):
+    scheduler = from_config(GMemFlowMatchScheduler(**config).config)
+    scheduler.save_pretrained(tmp_path)  # what the scheduler does not know itself is saved with it
+    for pipe.scheduler in (scheduler, type(scheduler).from_pretrained(tmp_path)):
+        name = type(scheduler).__name__
+        with pytest.raises(ValueError, match=f"^{name} samples the linear path .*{shown}.*Use GMemFlowMatchScheduler"):
+            run(pipe, memory_indices=0)
 
 
 # Wrong arguments
@@ -986,7 +1049,12 @@ def test_layout(saved):
     assert index["vae"] == ["diffusers", "AutoencoderKL"]
     assert index["image_encoder"] == ["transformers", "Dinov2Model"]
     assert index["memory_bank"] == [None, None]
-    assert index["memory_bank_source"] == {"subfolder": "bank", "fingerprint": make_bank().fingerprint}
+    fingerprint = make_bank().fingerprint
+    assert index["memory_bank_source"] == {
+        "subfolder": "bank",
+        "fingerprint": fingerprint,
+        "trained_with": {"fingerprint": fingerprint, "encoder": None, "preprocessing": None, "dim": MEMORY_DIM},
+    }
 
 
 @pytest.mark.parametrize("cls", [GMemPipeline, DiffusionPipeline])
@@ -1165,7 +1233,7 @@ def test_bfloat16(saved, how):
 def test_components_and_from_pipe(saved):
     folder, expected = saved
     pipe = load(folder)
-    names = {"transformer", "scheduler", "vae", "memory_bank", "image_encoder", "image_processor"}
+    names = {"transformer", "scheduler", "vae", "memory_bank", "image_encoder", "image_processor", "guider"}
     assert pipe.components.keys() == names
     for twin in (GMemPipeline(**pipe.components), GMemPipeline.from_pipe(pipe)):
         assert twin.memory_bank is pipe.memory_bank and twin.transformer is pipe.transformer
@@ -1185,6 +1253,56 @@ def test_model_cpu_offload(saved):
         assert_same_images(run(pipe, num_images=2).images, expected)
     assert len(run(pipe, image=make_picture()).images) == 1
     assert pipe.memory_bank is bank
+
+
+@pytest.mark.parametrize("offload_type", ["block_level", "leaf_level"])
+def test_group_offload(saved, offload_type):
+    folder, expected = saved
+    pipe = load(folder)
+    pipe.enable_group_offload(torch.device("cpu"), offload_type=offload_type, num_blocks_per_group=1)
+    for _ in range(2):
+        assert_same_images(run(pipe, num_images=2).images, expected)
+
+
+def test_layerwise_casting(saved):
+    folder, expected = saved
+    pipe = load(folder)
+    pipe.transformer.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert pipe.transformer.transformer_blocks[0].ff.linear_in.weight.dtype == torch.float8_e4m3fn
+    images = run(pipe, num_images=2).images
+    assert np.abs(images - expected).mean() < 0.03
+
+
+def test_variant(saved, tmp_path):
+    folder, expected = saved
+    load(folder).save_pretrained(tmp_path, variant="fp16")
+    weights = [file for file in files_of(tmp_path) if "fp16" in file]
+    assert weights == [
+        "image_encoder/model.fp16.safetensors",
+        "transformer/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ]
+    assert_same_images(run(load(tmp_path, variant="fp16"), num_images=2).images, expected)
+    with pytest.raises(ValueError, match="`variant=fp16`"):
+        load(folder, variant="fp16")
+
+
+def test_dtype_of_each_component(saved):
+    pipe = load(saved[0], dtype={"transformer": torch.bfloat16, "default": torch.float16})
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.vae.dtype == pipe.image_encoder.dtype == torch.float16
+    assert np.isfinite(run(pipe, num_images=2).images).all()
+
+
+def test_folder_of_before_there_were_guiders(saved, tmp_path):
+    folder, expected = saved
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    index = index_of(tmp_path)
+    del index["guider"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    pipe = load(tmp_path)
+    assert pipe.guider is None
+    assert_same_images(run(pipe, num_images=2).images, expected)
 
 
 @pytest.mark.parametrize("cls", [GMemPipeline, DiffusionPipeline])

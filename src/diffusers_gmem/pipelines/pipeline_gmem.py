@@ -4,7 +4,7 @@
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,23 @@ from diffusers import (
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    PyramidAttentionBroadcastConfig,
     SchedulerMixin,
 )
+from diffusers.guiders import BaseGuidance
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import CommitInfo
 
+from ..hub.locate import locate_pipeline
+from ..hub.transfer import HubRepo
 from ..models.image_encoder import to_rgb
 from ..models.latent_normalization import denormalize_latents
 from ..models.memory_bank import GMemMemoryBank
 from ..models.transformer_gmem import GMemTransformer2DModel
 from ..schedulers.scheduling_gmem_flow_match import GMemFlowMatchScheduler
+from .lora_loader import GMemLoraLoaderMixin
 
 
 logger = logging.get_logger(__name__)
@@ -68,15 +74,17 @@ class GMemPipelineOutput(BaseOutput):
     memory_indices: list[int] | None = None
 
 
-class GMemPipeline(DiffusionPipeline):
+class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
     r"""
     Generates images from memory snippets (GMem, [arXiv 2412.08781](https://huggingface.co/papers/2412.08781)).
 
-    Inherits from [`DiffusionPipeline`]: see there for saving, loading, devices and offloading.
+    Inherits from [`DiffusionPipeline`]: see there for saving, loading, devices and offloading; for LoRA see
+    [`GMemLoraLoaderMixin`].
 
     Args:
         transformer ([`GMemTransformer2DModel`]):
-            The velocity network. The pipeline puts it in eval mode, and refuses to run one that is in train mode.
+            The network, which predicts the velocity, or what the scheduler's `prediction_type` says. The pipeline puts
+            it in eval mode, and refuses to run one that is in train mode.
         scheduler ([`SchedulerMixin`]):
             [`GMemFlowMatchScheduler`], or a scheduler of diffusers that is configured for flow matching
             ([`FlowMatchEulerDiscreteScheduler`], [`FlowMatchHeunDiscreteScheduler`], or UniPC or DPM++ with
@@ -91,14 +99,19 @@ class GMemPipeline(DiffusionPipeline):
             pipeline puts it in eval mode.
         image_processor (`transformers` image processor, *optional*):
             Makes the `pixel_values` that `image_encoder` reads.
+        guider ([`BaseGuidance`], *optional*):
+            Guidance other than `guidance_scale`, for every call: see `guider` there.
         memory_bank_source (`dict`, *optional*):
-            Where a saved pipeline finds its bank: `{"subfolder": ..., "fingerprint": ...}`. Written by
-            `save_pretrained`.
+            Where a saved pipeline finds its bank (`subfolder`, or `repo_id` and `revision` on the Hub), the bank's
+            `fingerprint`, and what is known of the bank of the training (`trained_with`). Written by `save_pretrained`.
     """
 
-    _optional_components = ["vae", "memory_bank", "image_encoder", "image_processor"]
+    _optional_components = ["vae", "memory_bank", "image_encoder", "image_processor", "guider"]
     _callback_tensor_inputs = ["latents", "memory"]
     model_cpu_offload_seq = "image_encoder->transformer->vae"
+
+    _hub_repo: HubRepo | None = None  # where `from_pretrained` found the pipeline
+    _checked_memory_bank: GMemMemoryBank | None = None
 
     def __init__(
         self,
@@ -108,6 +121,7 @@ class GMemPipeline(DiffusionPipeline):
         memory_bank: GMemMemoryBank | None = None,
         image_encoder: torch.nn.Module | None = None,
         image_processor=None,
+        guider: BaseGuidance | None = None,
         memory_bank_source: dict | None = None,
     ):
         super().__init__()
@@ -118,6 +132,7 @@ class GMemPipeline(DiffusionPipeline):
             memory_bank=None,
             image_encoder=image_encoder,
             image_processor=image_processor,
+            guider=guider,
         )
         self.register_to_config(memory_bank_source=memory_bank_source)
         # Assigned, not registered: diffusers then never casts, moves or saves it. `save_pretrained` below does.
@@ -144,7 +159,7 @@ class GMemPipeline(DiffusionPipeline):
 
     @property
     def num_timesteps(self) -> int:
-        """Model evaluations of the last call (a guided one counts once)."""
+        """Model evaluations of the last call (a guided one counts once). An adaptive solver adds to them as it goes."""
         return self._num_timesteps
 
     @property
@@ -154,61 +169,178 @@ class GMemPipeline(DiffusionPipeline):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> "GMemPipeline":
         """
-        [`DiffusionPipeline.from_pretrained`]; a bank that lies in the local folder is opened too (memory-mapped, so at
-        no cost), unless `memory_bank=` is passed.
-        """
-        pipe = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        if "memory_bank" not in kwargs and Path(pretrained_model_name_or_path, MEMORY_BANK_FOLDER).is_dir():
-            pipe.load_memory_bank()
-        return pipe
+        [`DiffusionPipeline.from_pretrained`], from safetensors alone and, on the Hub, from one commit.
 
-    def load_memory_bank(self) -> GMemMemoryBank | None:
-        """
-        Opens the bank that the pipeline was saved with, if it has one and it is not open yet. `__call__` does so where
-        it needs a bank.
+        A bank that lies in the local folder is opened too (memory-mapped, so at no cost), unless `memory_bank=` is passed.
+        One on the Hub is downloaded when `__call__` needs it: see `load_memory_bank`.
 
         Raises:
-            ValueError: if the bank in the folder is not the one that the pipeline was saved with.
+            FileNotFoundError, PermissionError, ConnectionError: see [`~diffusers_gmem.hub.HubRepo.download`].
+            ValueError: if the repository holds another pipeline.
+        """
+        hub_kwargs = {
+            key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs
+        }
+        repo = HubRepo(str(pretrained_model_name_or_path), "model", **hub_kwargs)
+        is_local = Path(pretrained_model_name_or_path).is_dir()
+        if not is_local:
+            repo = locate_pipeline(repo)
+            kwargs["revision"] = repo.revision
+        pipe = super().from_pretrained(pretrained_model_name_or_path, **{"use_safetensors": True, **kwargs})
+        pipe._hub_repo = repo
+        source = pipe.config.memory_bank_source or {}
+        if is_local and "memory_bank" not in kwargs and "subfolder" in source:
+            if Path(pretrained_model_name_or_path, source["subfolder"]).is_dir():
+                pipe.load_memory_bank()
+        return pipe
+
+    def load_memory_bank(self, **hub_kwargs) -> GMemMemoryBank | None:
+        """
+        Opens the bank that the pipeline was saved with, if it has one and none is open yet: from the pipeline's own folder
+        or repository (there at the same commit), or from the data set repository that it names. `__call__` does so where
+        it needs a bank.
+
+        Args:
+            hub_kwargs: `cache_dir`, `token` and `local_files_only` of [`GMemMemoryBank.from_pretrained`], by default those
+                of `GMemPipeline.from_pretrained`. The token of `DiffusionPipeline.from_pretrained` is not known here.
+
+        Raises:
+            ValueError: if the bank that is found is not the one that the pipeline was saved with.
+            FileNotFoundError, PermissionError, ConnectionError: see [`GMemMemoryBank.from_pretrained`].
         """
         source = self.config.memory_bank_source
         if self.memory_bank is None and source is not None:
-            folder = Path(self.config._name_or_path, source["subfolder"])
-            bank = GMemMemoryBank.from_pretrained(folder)
+            name = self.config.get("_name_or_path")
+            if "subfolder" in source and Path(name).is_dir():
+                where = Path(name, source["subfolder"])
+                bank = GMemMemoryBank.from_pretrained(where)
+            else:
+                where = self._own_repo() if "subfolder" in source else self._pointed_repo(source)
+                repo = asdict(where)
+                bank = GMemMemoryBank.from_pretrained(
+                    repo.pop("repo_id"), source.get("subfolder"), **{**repo, **hub_kwargs}
+                )
             if bank.fingerprint != source["fingerprint"]:
                 raise ValueError(
-                    f"The memory bank in {folder} has the fingerprint {bank.fingerprint}; this pipeline was saved with "
+                    f"The memory bank in {where} has the fingerprint {bank.fingerprint}; this pipeline was saved with "
                     f"the bank {source['fingerprint']}. To use another bank, pass `memory_bank=`."
                 )
             self.memory_bank = bank
         return self.memory_bank
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs) -> None:
+    def _own_repo(self) -> HubRepo:
+        """The repository and the commit that the pipeline was loaded from."""
+        if self._hub_repo is not None:
+            return self._hub_repo
+        # `DiffusionPipeline.from_pretrained` notes the name alone; the commit is in the paths of components
+        name = self.config.get("_name_or_path")
+        for component in self.components.values():
+            path = getattr(getattr(component, "config", None), "_name_or_path", None)
+            repo = HubRepo.of_snapshot(Path(path).parent) if path else None
+            if repo is not None and repo.repo_id == name:
+                return repo
+        return HubRepo(name, "model")
+
+    def _pointed_repo(self, source: dict[str, Any]) -> HubRepo:
+        return replace(self._own_repo(), repo_id=source["repo_id"], repo_type="dataset", revision=source["revision"])
+
+    def _check_memory_bank(self, bank: GMemMemoryBank) -> None:
         """
-        [`DiffusionPipeline.save_pretrained`], plus the memory bank in the folder `bank`. A bank that a pipeline without
-        one finds there stays, with a warning, and is not taken for its own when it is loaded.
+        Compares a bank that is used with the one of the training, once. Nothing is said about a bank that edits made from
+        that one.
+
+        Raises:
+            ValueError: if it is of another encoder, preprocessing or dimension.
+        """
+        trained_with = (self.config.memory_bank_source or {}).get("trained_with")
+        if trained_with is None or bank is self._checked_memory_bank:
+            return
+        for name in ("encoder", "preprocessing", "dim"):
+            value, expected = getattr(bank, name), trained_with[name]
+            if value != expected and None not in (value, expected):  # `None`: not recorded
+                raise ValueError(
+                    f"This pipeline was trained with the memory bank {trained_with['fingerprint']}, whose `{name}` is "
+                    f"{expected!r}. The `{name}` of {bank} ({bank.fingerprint}) is {value!r}: its snippets do not fit."
+                )
+        if not bank.descends_from(trained_with["fingerprint"]):
+            logger.warning(
+                f"This pipeline was trained with the memory bank {trained_with['fingerprint']} and now uses another one, "
+                f"{bank.fingerprint}: {bank}."
+            )
+        self._checked_memory_bank = bank
+
+    def save_pretrained(
+        self, save_directory: str | Path, memory_bank_source: dict[str, str] | None = None, **kwargs
+    ) -> None:
+        """
+        [`DiffusionPipeline.save_pretrained`], plus the memory bank in the folder `bank` or a pointer to it. A bank that a
+        pipeline without one there finds in that folder stays, with a warning, and is not taken for its own.
 
         Args:
             save_directory (`str` or `Path`): folder to write to; created if needed.
+            memory_bank_source (`dict`, *optional*):
+                `{"subfolder": "bank"}` writes the bank; `{"repo_id": ..., "revision": ...}` points to the data set
+                repository on the Hub, and the commit or tag there, that hold it. By default the bank is written, unless
+                the pipeline was loaded with a pointer to it, which then stays.
             kwargs: those of [`DiffusionPipeline.save_pretrained`].
-        """
-        bank = self.load_memory_bank()
-        folder = Path(save_directory, MEMORY_BANK_FOLDER)
-        saved_source = None
-        if bank is not None:
-            bank.save_pretrained(folder)
-            saved_source = {"subfolder": MEMORY_BANK_FOLDER, "fingerprint": bank.fingerprint}
-        elif folder.exists():
-            logger.warning(
-                f"This pipeline has no memory bank; the one in {folder} stays there and does not belong to it."
-            )
 
-        # Our own source stays the folder that we were loaded from
+        Raises:
+            ValueError: if `memory_bank_source` is something else, or the pipeline has no bank for it.
+        """
         source = self.config.memory_bank_source
+        bank = self.memory_bank
+        is_pointer = source is not None and "repo_id" in source
+        if memory_bank_source is None and is_pointer and (bank is None or bank.fingerprint == source["fingerprint"]):
+            saved_source = source
+        else:
+            bank = self.load_memory_bank()
+            saved_source = self._source_to_save(bank, memory_bank_source)
+
+        folder = Path(save_directory, MEMORY_BANK_FOLDER)
+        if saved_source is not None and "subfolder" in saved_source:
+            bank.save_pretrained(folder)
+        elif folder.exists():
+            own = "no memory bank" if saved_source is None else "its memory bank elsewhere"
+            logger.warning(f"This pipeline has {own}; the one in {folder} stays there and does not belong to it.")
+
+        # Our own source stays where we were loaded from
         self.register_to_config(memory_bank_source=saved_source)
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
             self.register_to_config(memory_bank_source=source)
+
+    def _source_to_save(self, bank: GMemMemoryBank | None, place: dict[str, str] | None) -> dict[str, Any] | None:
+        """`memory_bank_source` of a pipeline that is saved with a bank at a place."""
+        folder = {"subfolder": MEMORY_BANK_FOLDER}
+        if place not in (None, folder) and not (
+            place.keys() == {"repo_id", "revision"} and all(isinstance(value, str) for value in place.values())
+        ):
+            raise ValueError(
+                f'`memory_bank_source` must be {folder} or {{"repo_id": ..., "revision": ...}}, two strings, got {place!r}.'
+            )
+        if bank is None:
+            if place is not None:
+                raise ValueError(f"`memory_bank_source` is {place!r}, but this pipeline has no memory bank.")
+            return None
+        trained_with = (self.config.memory_bank_source or {}).get("trained_with")
+        if trained_with is None:
+            trained_with = {name: getattr(bank, name) for name in ("fingerprint", "encoder", "preprocessing", "dim")}
+        return {**(place or folder), "fingerprint": bank.fingerprint, "trained_with": trained_with}
+
+    def push_to_hub(self, repo_id: str, **kwargs) -> CommitInfo:
+        """
+        Puts the pipeline, its bank or a pointer to it, and a model card into a repository of the Hub, with one commit.
+
+        Args:
+            repo_id (`str`): Such as `"me/my-model"`; made where it does not exist.
+            kwargs: those of [`~diffusers_gmem.hub.push_pipeline`]: `bank_repo_id` (a data set repository for the bank),
+                `include_code`, `private`, `revision`, `create_pr`, `commit_message`, `token` and others, and those of
+                `save_pretrained`.
+        """
+        from ..hub.push import push_pipeline
+
+        return push_pipeline(self, repo_id, **kwargs)
 
     @torch.no_grad()
     def encode_image(self, image) -> torch.Tensor:
@@ -250,6 +382,7 @@ class GMemPipeline(DiffusionPipeline):
         num_inference_steps,
         guidance_scale,
         guidance_interval,
+        guider,
         generator,
         output_type,
         callback_on_step_end_tensor_inputs,
@@ -258,15 +391,23 @@ class GMemPipeline(DiffusionPipeline):
             raise ValueError(
                 "The transformer is in train mode, in which memory dropout acts: call `pipe.transformer.eval()` first."
             )
-        config = self.scheduler.config
-        if not isinstance(
-            self.scheduler, (GMemFlowMatchScheduler, FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
-        ) and not (config.get("use_flow_sigmas") and config.get("prediction_type") == "flow_prediction"):
-            raise ValueError(
-                f"{type(self.scheduler).__name__}, as configured, does not sample flow-matching models. Use GMemFlowMatchScheduler, "
-                "FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler, or UniPC or DPM++ made by "
-                "`from_config(pipe.scheduler.config, use_flow_sigmas=True)` of one of these."
-            )
+        if not isinstance(self.scheduler, GMemFlowMatchScheduler):
+            name, config = type(self.scheduler).__name__, self.scheduler.config
+            if not isinstance(
+                self.scheduler, (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+            ) and not config.get("use_flow_sigmas"):
+                raise ValueError(
+                    f"{name}, as configured, does not sample flow-matching models. Use GMemFlowMatchScheduler, "
+                    "FlowMatchEulerDiscreteScheduler or FlowMatchHeunDiscreteScheduler, or UniPC or DPM++ made by "
+                    "`from_config(pipe.scheduler.config, use_flow_sigmas=True)` of one of these."
+                )
+            # From the config of another scheduler come the arguments that this one does not know, too
+            path_type, prediction_type = config.get("path_type", "linear"), self._prediction_type
+            if path_type != "linear" or prediction_type != "flow_prediction":
+                raise ValueError(
+                    f"{name} samples the linear path with prediction_type='flow_prediction' only; its config says "
+                    f"path_type={path_type!r}, prediction_type={prediction_type!r}. Use GMemFlowMatchScheduler."
+                )
 
         sources = {
             "memory": memory,
@@ -304,6 +445,28 @@ class GMemPipeline(DiffusionPipeline):
                 "`guidance_interval` must be (start, end) with 0 <= start <= end <= 1, in the paper's time (0 is noise, "
                 f"1 is data), got {guidance_interval!r}."
             )
+        if guider is not None:
+            if not isinstance(guider, BaseGuidance):
+                raise ValueError(f"`guider` must be one of diffusers' guiders, got {guider!r}.")
+            unknown = set(guider._input_predictions) - {"pred_cond", "pred_uncond", "pred_cond_skip"}
+            if unknown:
+                raise ValueError(f"{type(guider).__name__} needs {sorted(unknown)}, which this pipeline cannot make.")
+            if guidance_scale != 1.0 or tuple(guidance_interval) != (0.0, 1.0):
+                raise ValueError(
+                    "`guidance_scale` and `guidance_interval` do not go with a guider: set its own `guidance_scale`, "
+                    f"`start` and `stop`. Got guidance_scale={guidance_scale!r}, guidance_interval="
+                    f"{guidance_interval!r} and {type(guider).__name__}."
+                )
+            if isinstance(self.scheduler, GMemFlowMatchScheduler) and self.scheduler.config.solver == "dopri5":
+                raise ValueError(
+                    f"{type(guider).__name__} counts steps, and the solver 'dopri5' does not know their number: use "
+                    "another solver, or `guidance_scale` and `guidance_interval`."
+                )
+            if isinstance(self.transformer._cache_config, PyramidAttentionBroadcastConfig):
+                raise ValueError(
+                    f"Pyramid attention broadcast would give one prediction of {type(guider).__name__} the attention of "
+                    "another: use another cache, or `guidance_scale` and `guidance_interval`."
+                )
         generators = generator if isinstance(generator, list) else [generator]
         if generator is not None and not all(isinstance(item, torch.Generator) for item in generators):
             raise ValueError(f"`generator` must be a torch.Generator or a list of one per image, got {generator!r}.")
@@ -341,6 +504,7 @@ class GMemPipeline(DiffusionPipeline):
                     "This pipeline has no memory bank: pass snippets as `memory` (or an `image`), or load the pipeline "
                     "with `memory_bank=GMemMemoryBank.from_pretrained(...)`."
                 )
+            self._check_memory_bank(bank)
             if memory_indices is not None:
                 indices = _as_list("memory_indices", memory_indices, Integral)
                 wrong = [index for index in indices if not 0 <= index < len(bank)]
@@ -407,6 +571,69 @@ class GMemPipeline(DiffusionPipeline):
             )
         return latents.to(device=device, dtype=torch.float32) * getattr(self.scheduler, "init_noise_sigma", 1.0)
 
+    def _times(self) -> list[float]:
+        """The paper's time of every evaluation; from the sigmas, as some schedulers round their timesteps to integers."""
+        self._num_timesteps = len(self.scheduler.timesteps)
+        return (1.0 - self.scheduler.sigmas[: self._num_timesteps].cpu().double()).tolist()
+
+    @property
+    def _prediction_type(self) -> str:
+        return self.scheduler.config.get("prediction_type", "flow_prediction")
+
+    def _predict(self, latents: torch.Tensor, memory: torch.Tensor, time: float, context: str) -> torch.Tensor:
+        """
+        One model evaluation at the paper's time `time`, in float32: what the scheduler calls the model output. For
+        diffusers' caches `context` names the kind of evaluation.
+        """
+        with self.transformer.cache_context(context):
+            output = self.transformer(
+                hidden_states=latents.to(self.transformer.dtype),
+                timestep=torch.full((len(latents),), time, dtype=torch.float32, device=latents.device),
+                memory=memory,
+                attention_kwargs=self.attention_kwargs,
+                return_dict=False,
+            )[0].float()
+        # Our velocity is data minus noise, diffusers' noise minus data
+        return -output if self._prediction_type == "flow_prediction" else output
+
+    def _predict_with_guider(
+        self,
+        guider: BaseGuidance,
+        latents: torch.Tensor,
+        memory: torch.Tensor,
+        negative_memory: torch.Tensor,
+        time: float,
+    ) -> torch.Tensor:
+        """The guider's combination of the predictions that it asks for, each an evaluation of its own."""
+        batches = guider.prepare_inputs({"memory": (memory, negative_memory)})
+        contexts = [getattr(batch, guider._identifier_key) for batch in batches]
+        if "pred_cond_skip" in contexts and "pred_uncond" not in contexts:
+            raise ValueError(
+                f"{type(guider).__name__} skips no layers where classifier-free guidance is off: let its "
+                "`guidance_scale` be other than 1, and its `start` and `stop` enclose those of the skipping."
+            )
+        for batch, context in zip(batches, contexts, strict=True):
+            guider.prepare_models(self.transformer)
+            try:
+                batch.noise_pred = self._predict(latents, batch.memory, time, context)
+            finally:  # layers that the guider makes the transformer skip must not stay so
+                guider.cleanup_models(self.transformer)
+        return guider(batches).pred
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images in about [-1, 1], in float32."""
+        if self.vae is None:
+            return latents
+        latents = denormalize_latents(latents, self.vae.config)
+        # Many VAEs overflow in float16, and say so
+        needs_upcasting = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast", False)
+        if needs_upcasting:
+            self.vae.to(torch.float32)
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        if needs_upcasting:
+            self.vae.to(torch.float16)
+        return images
+
     @torch.no_grad()
     @replace_example_docstring(EXAMPLE_DOC_STRING)
     def __call__(
@@ -421,6 +648,7 @@ class GMemPipeline(DiffusionPipeline):
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         negative_memory: torch.Tensor | None = None,
+        guider: BaseGuidance | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
         output_type: str = "pil",
@@ -454,6 +682,13 @@ class GMemPipeline(DiffusionPipeline):
                 output is the conditional one and the unconditional branch is not computed.
             negative_memory (`torch.Tensor` of shape `(memory_dim,)`, `(1, memory_dim)` or `(batch_size, memory_dim)`, *optional*):
                 What guidance steers away from, instead of the null memory. Without guidance it has no effect.
+            guider ([`BaseGuidance`], *optional*):
+                One of diffusers' guiders to use instead of `guidance_scale` (and instead of the pipeline's own
+                guider): for example `ClassifierFreeGuidance(7.75, start=0.5)`, `AdaptiveProjectedGuidance()`, or
+                `AutoGuidance(auto_guidance_config=LayerSkipConfig([8], dropout=1.0))` with `negative_memory=memory`
+                (a lower dropout draws from torch's global generator).
+                Its predictions are those of the scheduler (`noise - data`), each evaluated in a batch of its own; its
+                `start` and `stop` are fractions of the model evaluations.
             generator (`torch.Generator` or a list of one per image, *optional*):
                 Draws the snippets, the initial noise and the scheduler's noise. With a list, image k depends on
                 generator k alone, whatever the batch (a snippet of several images is drawn by the first one's).
@@ -481,6 +716,7 @@ class GMemPipeline(DiffusionPipeline):
                 and the pipeline has none.
         """
         # 1. Check inputs
+        guider = self.guider if guider is None else guider
         self.check_inputs(
             memory,
             memory_indices,
@@ -491,6 +727,7 @@ class GMemPipeline(DiffusionPipeline):
             num_inference_steps,
             guidance_scale,
             guidance_interval,
+            guider,
             generator,
             output_type,
             callback_on_step_end_tensor_inputs,
@@ -509,7 +746,7 @@ class GMemPipeline(DiffusionPipeline):
         if negative_memory is None:
             negative_memory = torch.zeros_like(memory)
         else:
-            if guidance_scale == 1.0:
+            if guidance_scale == 1.0 and guider is None:
                 logger.warning("`negative_memory` has no effect: `guidance_scale` is 1, which is no guidance.")
             negative_memory = _as_rows("negative_memory", negative_memory).to(memory)
             if tuple(negative_memory.shape) not in ((1, memory.shape[1]), tuple(memory.shape)):
@@ -529,10 +766,7 @@ class GMemPipeline(DiffusionPipeline):
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.scheduler.set_begin_index(0)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-        # The paper's time, from the sigmas: some schedulers round their timesteps to integers
-        times = (1.0 - self.scheduler.sigmas[: len(timesteps)].cpu().double()).tolist()
+        times = self._times()
 
         # 4. Initial noise, after the timesteps, on which its standard deviation depends
         latents = self.prepare_latents(batch_size, generator, device, latents)
@@ -541,31 +775,37 @@ class GMemPipeline(DiffusionPipeline):
         if "generator" in inspect.signature(self.scheduler.step).parameters:
             step_kwargs["generator"] = generator
 
-        # 5. Denoising loop
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, (timestep, time) in enumerate(zip(timesteps, times, strict=True)):
-                if self.interrupt:
-                    continue
+        # 5. Denoising loop, by index: an adaptive solver appends evaluations as it goes
+        i, was_guided = 0, False
+        with self.progress_bar(total=len(times)) as progress_bar:
+            while i < len(times) and not self.interrupt:
+                timestep, time = self.scheduler.timesteps[i], times[i]
                 self._current_timestep = timestep
 
                 # float32 rounding moves a grid time off the border by up to 1e-7
-                guided = guidance_scale != 1.0 and guidance_interval[0] - 1e-6 <= time <= guidance_interval[1] + 1e-6
-                model_input = torch.cat([latents, latents]) if guided else latents
-                model_memory = torch.cat([memory, negative_memory]) if guided else memory
-                with self.transformer.cache_context("guided" if guided else "cond"):
-                    velocity = self.transformer(
-                        hidden_states=model_input.to(self.transformer.dtype),
-                        timestep=torch.full((len(model_input),), time, dtype=torch.float32, device=device),
-                        memory=model_memory,
-                        attention_kwargs=attention_kwargs,
-                        return_dict=False,
-                    )[0].float()
-                if guided:
-                    velocity, unconditional = velocity.chunk(2)
-                    velocity = unconditional + guidance_scale * (velocity - unconditional)
+                within_interval = guidance_interval[0] - 1e-6 <= time <= guidance_interval[1] + 1e-6
+                guided = self.guidance_scale != 1.0 and within_interval
+                if guided != was_guided and self.transformer.is_cache_enabled:
+                    # What a cache of diffusers keeps is of another batch size, or of steps long ago
+                    self.transformer._reset_stateful_cache()
+                was_guided = guided
 
-                # Ours is data minus noise, diffusers' noise minus data
-                latents = self.scheduler.step(-velocity, timestep, latents, return_dict=False, **step_kwargs)[0]
+                if guider is not None:
+                    guider.set_state(step=i, num_inference_steps=len(times), timestep=timestep)
+                    model_output = self._predict_with_guider(guider, latents, memory, negative_memory, time)
+                elif guided:
+                    both_memories = torch.cat([memory, negative_memory])
+                    model_output = self._predict(torch.cat([latents, latents]), both_memories, time, "guided")
+                    conditional, unconditional = model_output.chunk(2)
+                    model_output = unconditional + self.guidance_scale * (conditional - unconditional)
+                else:
+                    model_output = self._predict(latents, memory, time, "cond")
+
+                latents = self.scheduler.step(model_output, timestep, latents, return_dict=False, **step_kwargs)[0]
+
+                if len(self.scheduler.timesteps) > len(times):
+                    times = self._times()
+                    progress_bar.total = len(times)
 
                 if callback_on_step_end is not None:
                     tensors = {"latents": latents, "memory": memory}
@@ -580,22 +820,30 @@ class GMemPipeline(DiffusionPipeline):
                     memory = callback_outputs.pop("memory", memory)
 
                 progress_bar.update()
+                i += 1
         self._current_timestep = None
 
         # 6. Decode
         if output_type == "latent":
             images = latents
         else:
-            if self.vae is not None:
-                latents = denormalize_latents(latents, self.vae.config)
-                latents = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
-            images = self.vae_image_processor.postprocess(latents, output_type=output_type)
+            images = self.vae_image_processor.postprocess(self._decode(latents), output_type=output_type)
 
         self.maybe_free_model_hooks()
 
         if not return_dict:
             return (images, memory_indices)
         return GMemPipelineOutput(images=images, memory_indices=memory_indices)
+
+
+# `DiffusionPipeline.from_pretrained` ignores a component that is passed to it if the argument here has a default
+_signature = inspect.signature(GMemPipeline.__init__)
+GMemPipeline.__init__.__signature__ = _signature.replace(
+    parameters=[
+        parameter.replace(default=parameter.empty) if name in GMemPipeline._optional_components else parameter
+        for name, parameter in _signature.parameters.items()
+    ]
+)
 
 
 def _describe(value) -> str:
