@@ -98,7 +98,11 @@ def load_embeddings(args: argparse.Namespace) -> GMemMemoryBank:
             )
         labels = None if args.embedding_labels is None else torch.from_numpy(np.load(args.embedding_labels))
         return GMemMemoryBank(
-            torch.from_numpy(array).to(dtype), labels, source_dataset=Path(args.embeddings).name, **provenance
+            torch.from_numpy(array).to(dtype),
+            labels,
+            source_dataset=Path(args.embeddings).name,
+            copy=False,
+            **provenance,
         )
 
     if args.embeddings is not None:
@@ -125,7 +129,7 @@ def load_embeddings(args: argparse.Namespace) -> GMemMemoryBank:
         names = getattr(dataset.features[args.label_column], "names", None)
         id2label = None if names is None else dict(enumerate(names))
     source = args.dataset_name or Path(args.embeddings).name
-    return GMemMemoryBank(snippets, labels, id2label=id2label, source_dataset=source, **provenance)
+    return GMemMemoryBank(snippets, labels, id2label=id2label, source_dataset=source, copy=False, **provenance)
 
 
 def main(args: argparse.Namespace) -> None:

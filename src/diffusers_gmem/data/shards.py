@@ -318,6 +318,7 @@ def memory_bank_of_shards(
         id2label=images.id2label,
         metadata={"image": names},
         source_dataset=images.name,
+        copy=False,
         **provenance,
     )
 
