@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test test-wheel lint clean
 
 # torch first: the other packages then take the pinned build instead of the newest
 $(VENV)/%.installed: setup.py constraints.txt
@@ -38,6 +38,15 @@ lint: $(VENV)/dev.installed
 
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# What users get: the package from its wheel, not from the checkout. `build` holds what earlier builds left: start empty.
+test-wheel: $(VENV)/dev.installed
+	rm -rf build
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(BIN)/python -m pip install -q --no-deps --target build/site build/wheel/*.whl
+	cd build && PYTHONPATH=$(CURDIR)/build/site $(CURDIR)/$(BIN)/python -c \
+		'import diffusers_gmem; assert diffusers_gmem.__file__.startswith("$(CURDIR)/build/site/")'
+	PYTHONPATH=$(CURDIR)/build/site $(BIN)/python -m pytest -n auto --dist loadfile -m 'not slow'
 
 clean:
 	rm -rf $(VENV) $(QUICKSTART) build dist *.egg-info src/*.egg-info
