@@ -215,7 +215,9 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
                 where = Path(name, source["subfolder"])
                 bank = GMemMemoryBank.from_pretrained(where)
             else:
-                where = self._own_repo() if "subfolder" in source else self._pointed_repo(source)
+                where = self._own_repo()
+                if "repo_id" in source:
+                    where = replace(where, repo_id=source["repo_id"], repo_type="dataset", revision=source["revision"])
                 repo = asdict(where)
                 bank = GMemMemoryBank.from_pretrained(
                     repo.pop("repo_id"), source.get("subfolder"), **{**repo, **hub_kwargs}
@@ -229,7 +231,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         return self.memory_bank
 
     def _own_repo(self) -> HubRepo:
-        """The repository and the commit that the pipeline was loaded from."""
+        """The repository and the commit that the pipeline was loaded from, and how it was reached."""
         if self._hub_repo is not None:
             return self._hub_repo
         # `DiffusionPipeline.from_pretrained` notes the name alone; the commit is in the paths of components
@@ -240,9 +242,6 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             if repo is not None and repo.repo_id == name:
                 return repo
         return HubRepo(name, "model")
-
-    def _pointed_repo(self, source: dict[str, Any]) -> HubRepo:
-        return replace(self._own_repo(), repo_id=source["repo_id"], repo_type="dataset", revision=source["revision"])
 
     def _check_memory_bank(self, bank: GMemMemoryBank) -> None:
         """
