@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import DatasetCard, ModelCard, SpaceCard
 
 import diffusers_gmem
-from diffusers_gmem import GMemMemoryBank
+from diffusers_gmem import GMemMemoryBank, GMemPipeline
 from diffusers_gmem.hub.cards import memory_bank_card, model_card, space_card
 from diffusers_gmem.hub.transfer import HubRepo
 
@@ -131,6 +131,22 @@ EVALUATION = {
     "num_images": 50_000,
     "protocol": "train set, SDE, 50 steps, no guidance",
 }
+
+
+def test_cards_tell_no_local_paths(pipe, tmp_path):
+    folder = tmp_path / "my_encoder"
+    bank = GMemMemoryBank(torch.eye(16), encoder=str(folder), source_dataset=str(tmp_path / "my_images"))
+    pipe.memory_bank = bank
+    pipe.save_pretrained(folder)
+    pipe = GMemPipeline.from_pretrained(folder)
+    cards = [
+        memory_bank_card(bank, "me/snippets"),
+        model_card(pipe, "me/model", bank_source={"subfolder": "bank"}, dataset=str(tmp_path / "my_images")),
+    ]
+    for card in cards:
+        check_form(card)
+        assert str(tmp_path) not in card.content
+        assert "a local path, `my_encoder`" in card.text and "a local path, `my_images`" in card.text
 
 
 def test_model_card(pipe):

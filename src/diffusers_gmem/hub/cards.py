@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import (
@@ -90,10 +91,10 @@ def memory_bank_card(
         facts=_rows(facts),
         classes=classes[:MAX_CLASSES],
         more_classes=max(0, len(classes) - MAX_CLASSES),
-        encoder=_cell(bank.encoder),
+        encoder=_cell(_public(bank.encoder)),
         encoder_revision=_cell(bank.encoder_revision),
         preprocessing=_cell(bank.preprocessing),
-        source_dataset=_cell(bank.source_dataset),
+        source_dataset=_cell(_public(bank.source_dataset)),
         license=_cell(license),
         history=[_cell(", ".join(f"{name}: {value}" for name, value in edit.items())) for edit in bank.history],
     )
@@ -181,7 +182,7 @@ def model_card(
             "where": where,
             "fingerprint": f"`{bank_source.get('fingerprint') or bank.fingerprint}`",
             "snippets": None if bank is None else f"{len(bank):,}",
-            "image encoder": None if bank is None else bank.encoder,
+            "image encoder": None if bank is None else _public(bank.encoder),
             "revision of the encoder": None if bank is None else bank.encoder_revision,
         }
     settings = dict(training or {})
@@ -193,7 +194,7 @@ def model_card(
         example_arguments=f"memory=torch.randn(8, {config.memory_dim})" if not bank_facts else "num_images=8",
         facts=_rows(facts),
         bank=_rows(bank_facts),
-        dataset=_cell(dataset),
+        dataset=_cell(_public(dataset)),
         license=_cell(license),
         training_sentence=_training_sentence(
             *(settings.pop(name, None) for name in ("steps", "global_batch_size", "num_images", "epochs"))
@@ -253,8 +254,16 @@ def _rows(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(_cell(name), _cell(value)) for name, value in facts.items()]
 
 
+def _public(name: str | None) -> str | None:
+    """The name of a model or data set. Of a local path only the last part: the rest is nobody else's business."""
+    if name and (Path(name).is_absolute() or Path(name).exists()):
+        return f"a local path, `{Path(name).name}`"
+    return name
+
+
 def _name(model) -> str:
     source = model.config.get("_name_or_path") if isinstance(model.config, Mapping) else model.config._name_or_path
+    source = _public(source)
     return f"{type(model).__name__} ({source})" if source else type(model).__name__
 
 
