@@ -1355,3 +1355,4 @@ def test_image_encoder_of_this_package(tmp_path, warnings):
         torch.testing.assert_close(snippets, pipe.encode_image([make_picture(0), make_picture(1)]))
         assert len(run(loaded, image=make_picture()).images) == 1
     assert not warnings.records
+    assert GMemPipeline.from_pipe(loaded).image_encoder is loaded.image_encoder

@@ -28,7 +28,7 @@ from huggingface_hub import CommitInfo
 
 from ..hub.locate import locate_pipeline
 from ..hub.transfer import HubRepo
-from ..models.image_encoder import to_rgb
+from ..models.image_encoder import GMemImageEncoder, to_rgb
 from ..models.latent_normalization import denormalize_latents
 from ..models.memory_bank import GMemMemoryBank
 from ..models.transformer_gmem import GMemTransformer2DModel
@@ -119,7 +119,8 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         scheduler: SchedulerMixin,
         vae: AutoencoderKL | None = None,
         memory_bank: GMemMemoryBank | None = None,
-        image_encoder: torch.nn.Module | None = None,
+        # `from_pipe` carries over diffusers' models only where their very class is named
+        image_encoder: GMemImageEncoder | torch.nn.Module | None = None,
         image_processor=None,
         guider: BaseGuidance | None = None,
         memory_bank_source: dict | None = None,
