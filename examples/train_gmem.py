@@ -20,23 +20,31 @@ The images are encoded once into a memory bank (`output_dir/bank`). Every image 
 condition, with the loss of the paper (arXiv 2412.08781). The same command with `--resume_from_checkpoint latest` goes on
 from the last checkpoint. At the end, `GMemPipeline.from_pretrained(output_dir)` loads the result (that of `--use_lora`
 apart).
+
+With `--push_to_hub --hub_model_id me/gmem-mine --hub_bank_id me/my-memory` the bank, every checkpoint and the result go to
+the Hub, with cards. The training does not wait for it.
 """
 
 import argparse
 import contextlib
+import copy
 import json
 import logging
 import math
 import os
 import re
 import shutil
+import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
+import PIL.Image
 import torch
 import transformers
 from accelerate import Accelerator
@@ -46,6 +54,7 @@ from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import make_image_grid
+from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from tqdm.auto import tqdm
 
 from diffusers_gmem import (
@@ -56,6 +65,7 @@ from diffusers_gmem import (
     GMemTransformer2DModel,
 )
 from diffusers_gmem.data import ImageSource, center_crop, compute_snippets, load_image_encoder
+from diffusers_gmem.hub import HubRepo
 from diffusers_gmem.models.latent_normalization import normalize_latents
 from diffusers_gmem.training import GMemTrainingDataset, TrainingBatchSampler, flow_matching_loss
 
@@ -65,6 +75,35 @@ logger = get_logger(__name__)
 EMA_FOLDER = "transformer_ema"
 DEFAULT_IMAGE_ENCODER = "facebook/dinov2-base"
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+LORA_CARD = """---
+{{ card_data }}
+---
+
+# {{ repo_id.split("/")[-1] }}
+
+LoRA layers for the pipeline `{{ base }}`, with the package `diffusers_gmem` installed:
+
+```python
+from diffusers_gmem import GMemMemoryBank, GMemPipeline
+
+pipe = GMemPipeline.from_pretrained("{{ base }}")
+{%- if bank %}
+pipe.memory_bank = GMemMemoryBank.from_pretrained("{{ bank.repo_id }}", revision="{{ bank.revision }}")
+{%- endif %}
+pipe.load_lora_weights("{{ repo_id }}")
+images = pipe(num_images=8).images
+```
+
+## Training
+
+{{ training.steps }} optimizer steps, each with a global batch of {{ training.global_batch_size }} images:
+{{ "%.4g" % training.epochs }} epochs of the {{ training.num_images }} images of {{ dataset }}.
+
+| setting | value |
+| --- | --- |
+{% for name, value in training.items() if name not in ("steps", "global_batch_size", "num_images", "epochs") -%}
+| {{ name }} | {{ value }} |
+{% endfor %}"""
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -231,6 +270,22 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--report_to", type=str, default="none", help="Tracker: tensorboard, wandb, trackio, ..., all or none."
     )
 
+    hub = parser.add_argument_group("the Hub")
+    hub.add_argument(
+        "--push_to_hub", action="store_true", help="Push checkpoints, in the background, and the result to the Hub."
+    )
+    hub.add_argument("--hub_model_id", type=str, help="Model repository. Default: the name of output_dir.")
+    hub.add_argument(
+        "--hub_bank_id",
+        type=str,
+        help="Data set repository for the bank of the training images, to which the pipeline then points. Default: the "
+        "pipeline's repository holds the bank.",
+    )
+    hub.add_argument("--hub_token", type=str, help="Default: that of `hf auth login`.")
+    hub.add_argument(
+        "--hub_private_repo", action="store_true", help="Make the repositories private, where they do not exist."
+    )
+
     args = parser.parse_args(input_args)
     if (args.train_data_dir is None) == (args.dataset_name is None):
         parser.error("give either --train_data_dir or --dataset_name.")
@@ -244,6 +299,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("--use_lora needs --pretrained_model_name_or_path.")
     else:
         args.image_encoder = args.image_encoder or DEFAULT_IMAGE_ENCODER
+    for name in ("hub_model_id", "hub_bank_id", "hub_token", "hub_private_repo"):
+        if getattr(args, name) and not args.push_to_hub:
+            parser.error(f"--{name} needs --push_to_hub.")
     for name in (
         "resolution",
         "train_batch_size",
@@ -287,8 +345,8 @@ def prepare_encoder_and_banks(
             raise ValueError(f"{args.pretrained_model_name_or_path} has no image encoder to make snippets with.")
         encoder_record = {"encoder": args.pretrained_model_name_or_path, "encoder_revision": args.revision}
         preprocessing = processor.to_dict()
-        if pretrained.memory_bank is not None:
-            known = pretrained.memory_bank
+        known = pretrained.load_memory_bank()
+        if known is not None:
             encoder_record = {"encoder": known.encoder, "encoder_revision": known.encoder_revision}
             preprocessing = known.preprocessing
     else:
@@ -551,6 +609,97 @@ def resume(
     return step
 
 
+class HubPusher:
+    """
+    Pushes checkpoints and the result to the Hub. Checkpoints go in a thread of their own: one at a time, and of those that
+    wait only the newest. A failure is logged; the next push brings what is missing.
+
+    The repositories are made here, before the training, which also shows whether the token may do so.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.options = {"private": args.hub_private_repo or None, "token": args.hub_token}
+        self.model_id = self._make_repository(args.hub_model_id or Path(args.output_dir).resolve().name, "model")
+        self.bank_id = None if args.hub_bank_id is None else self._make_repository(args.hub_bank_id, "dataset")
+        self.bank_source: dict[str, str] | None = None
+        self.waiting: deque[tuple[GMemPipeline, dict[str, Any], PIL.Image.Image | None]] = deque(maxlen=1)
+        self.thread = ThreadPoolExecutor(1)
+
+    def _make_repository(self, name: str, repo_type: str) -> str:
+        if "/" not in name:
+            name = f"{HfApi(token=self.args.hub_token).whoami()['name']}/{name}"
+        HubRepo(name, repo_type, token=self.args.hub_token).upload({}, "Start", private=self.options["private"])
+        return name
+
+    def push_in_background(
+        self, pipeline: GMemPipeline, training: dict[str, Any], grid: PIL.Image.Image | None
+    ) -> None:
+        """Pushes a pipeline that nobody changes any more; `training` and `grid` are for its card."""
+        if self.waiting:
+            logger.info("The Hub is slow: the checkpoint that waits for its push is passed over for this newer one.")
+        self.waiting.append((pipeline, training, grid))
+        self.thread.submit(self._push_waiting)
+
+    def _push_waiting(self) -> None:
+        if self.waiting:
+            pipeline, training, grid = self.waiting.pop()
+            try:
+                self.push(pipeline, training, grid)
+            except Exception as error:
+                logger.warning(f"Step {training['steps']} was not pushed to the Hub: {error}")
+
+    def finish(self, pipeline: GMemPipeline, training: dict[str, Any], grid: PIL.Image.Image | None) -> None:
+        """Pushes the result, after the push that is under way."""
+        self.waiting.clear()
+        self.thread.shutdown()
+        self.push(pipeline, training, grid)
+
+    def push(self, pipeline: GMemPipeline, training: dict[str, Any], grid: PIL.Image.Image | None) -> None:
+        bank = pipeline.memory_bank
+        if self.bank_id is not None and self.bank_source is None:
+            commit = bank.push_to_hub(self.bank_id, **self.options)
+            self.bank_source = {"repo_id": self.bank_id, "revision": commit.oid}
+        message = f"Step {training['steps']}"
+        if self.args.use_lora:
+            commit = self._push_lora(pipeline.transformer, bank.source_dataset, training, message)
+        else:
+            commit = pipeline.push_to_hub(
+                self.model_id,
+                commit_message=message,
+                memory_bank_source=self.bank_source,
+                card={"dataset": bank.source_dataset, "training": training},
+                sample_grid=grid,
+                **self.options,
+            )
+        logger.info(f"Pushed step {training['steps']}: {commit.commit_url}")
+
+    def _push_lora(
+        self, transformer: GMemTransformer2DModel, dataset: str, training: dict[str, Any], message: str
+    ) -> CommitInfo:
+        base = self.args.pretrained_model_name_or_path
+        data = ModelCardData(
+            library_name="diffusers",
+            base_model=None if Path(base).is_dir() else base,  # the Hub takes no other name than that of a repository
+            datasets=None if self.bank_id is None else [self.bank_id],
+            tags=["gmem", "lora", "diffusers"],
+        )
+        card = ModelCard.from_template(
+            data,
+            template_str=LORA_CARD,
+            repo_id=self.model_id,
+            base=base,
+            bank=self.bank_source,
+            dataset=dataset,
+            training=training,
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            save_weights(self.args, transformer, folder)
+            files = {path.name: path for path in Path(folder).iterdir()} | {"README.md": str(card).encode()}
+            repo = HubRepo(self.model_id, "model", token=self.args.hub_token)
+            return repo.upload(files, message, private=self.options["private"])
+
+
 def main(args: argparse.Namespace) -> None:
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -561,7 +710,7 @@ def main(args: argparse.Namespace) -> None:
         ),
     )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    for name in ("accelerate.accelerator", "accelerate.checkpointing", "httpx"):
+    for name in ("accelerate.accelerator", "accelerate.checkpointing", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
     if not accelerator.is_local_main_process:
         diffusers.utils.logging.set_verbosity_error()
@@ -575,6 +724,7 @@ def main(args: argparse.Namespace) -> None:
         )
     set_seed(args.seed)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    hub = HubPusher(args) if args.push_to_hub and accelerator.is_main_process else None
 
     # 1. Images, their snippets, and what the transformer sees of them
     with accelerator.main_process_first():
@@ -708,8 +858,9 @@ def main(args: argparse.Namespace) -> None:
         f"of {len(source)} images; {first_step} steps done."
     )
     if args.report_to != "none":
-        # TensorBoard takes no lists
+        # TensorBoard takes no lists, and the token is nobody's business
         config = {name: str(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+        del config["hub_token"]
         accelerator.init_trackers("gmem", config=config)
 
     def make_pipeline() -> GMemPipeline:
@@ -727,6 +878,34 @@ def main(args: argparse.Namespace) -> None:
             with averaged_weights(transformer, ema):
                 log_validation(args, accelerator, make_pipeline(), source, step)
             transformer.train()
+
+    def snapshot(step: int) -> tuple[GMemPipeline, dict[str, Any], PIL.Image.Image | None]:
+        """The pipeline after a step, which further training does not change, how it was trained, and what it draws."""
+        with averaged_weights(transformer, ema):
+            pipeline = make_pipeline()
+            pipeline.transformer = copy.deepcopy(pipeline.transformer).to("cpu")
+        grid = None
+        grids = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
+        if grids:  # the lower row, which was generated: the training images are not ours to publish
+            with PIL.Image.open(grids[-1]) as image:
+                grid = image.crop((0, image.height // 2, image.width, image.height))
+        training = {
+            "steps": step,
+            "global_batch_size": global_batch_size,
+            "num_images": len(source),
+            "epochs": step * global_batch_size / len(source),
+            "resolution": args.resolution,
+            "started from": args.pretrained_model_name_or_path or "random weights",
+            "optimizer": f"AdamW, betas ({args.adam_beta1}, {args.adam_beta2}), weight decay {args.adam_weight_decay}",
+            "learning rate": f"{args.learning_rate}, {args.lr_scheduler}, {args.lr_warmup_steps} steps of warm-up",
+            "moving average of the weights": f"decay {args.ema_decay}, warm-up {args.ema_warmup}" if ema else "none",
+            "weight of the alignment term": args.alignment_weight if args.alignment != "none" else 0,
+            "null memory": f"with probability {args.memory_drop_prob}",
+            "mirrored images": "half" if args.random_flip else "none",
+            "mixed precision": accelerator.mixed_precision,
+            "seed": args.seed,
+        }
+        return pipeline, training, grid
 
     # 4. Training
     step = first_step
@@ -804,6 +983,8 @@ def main(args: argparse.Namespace) -> None:
         if last_step or (args.validation_steps is not None and step % args.validation_steps == 0):
             validate(step)
             start_time = time.perf_counter()
+        if hub is not None and step % args.checkpointing_steps == 0 and not last_step:
+            hub.push_in_background(*snapshot(step))
     progress_bar.close()
 
     # 5. A complete pipeline, or LoRA layers for the pretrained one
@@ -816,6 +997,8 @@ def main(args: argparse.Namespace) -> None:
                 make_pipeline().save_pretrained(args.output_dir)
         logger.info(f"Saved the {'LoRA layers' if args.use_lora else 'pipeline'} in {args.output_dir}")
     accelerator.end_training()
+    if hub is not None:
+        hub.finish(*snapshot(step))
 
 
 if __name__ == "__main__":

@@ -96,12 +96,18 @@ def assert_same_weights(model, folder):
         assert torch.equal(state_dict[name], tensor), name
 
 
-def test_pipeline_and_bank_are_pushed(hub, train, messages):
-    output_dir = train("--push_to_hub", "--hub_model_id", "me/model", "--hub_bank_id", "me/memory")
-    plain = train(output_dir="plain")
+def test_pipeline_and_bank_are_pushed(hub, train, messages, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    output_dir = train(
+        *("--push_to_hub", "--hub_model_id", "me/model", "--hub_bank_id", "me/memory"),
+        *("--hub_token", "hf_me", "--report_to", "tensorboard", "--mixed_precision", "bf16"),
+    )
+    logs = [path for path in (output_dir / "logs").rglob("*") if path.is_file()]
+    assert logs and not any(b"hf_me" in path.read_bytes() for path in logs)
+    plain = train("--mixed_precision", "bf16", output_dir="plain")
     assert titles(hub, "me/memory", "dataset") == ["Upload memory bank", "initial commit"]
     assert titles(hub, "me/model")[0] == "Step 6"
-    assert sum(message.startswith("Pushed step 6: http") for message in messages()) == 1
+    assert sum("Pushed step 6: http" in message for message in messages()) == 1
 
     pipe = GMemPipeline.from_pretrained("me/model")
     assert_same_weights(pipe.transformer, output_dir / "transformer")
@@ -132,13 +138,13 @@ def test_every_checkpoint_is_pushed_as_it_was(hub, script, train, monkeypatch):
     def counted_loss(*args, **kwargs):
         nonlocal losses
         losses += 1
-        if losses == 4:  # step 2 waits for its push
+        if losses == 4:  # the pushes of step 2 and of the end may begin
             gate.set()
         return loss(*args, **kwargs)
 
-    def late_push(self, pipeline, training):
+    def late_push(self, *args):
         assert gate.wait(20)
-        push(self, pipeline, training)
+        push(self, *args)
 
     monkeypatch.setattr(script, "flow_matching_loss", counted_loss)
     monkeypatch.setattr(script.HubPusher, "push", late_push)
@@ -152,25 +158,30 @@ def test_every_checkpoint_is_pushed_as_it_was(hub, script, train, monkeypatch):
         assert len(pipe.load_memory_bank()) == 10
 
 
-def test_a_later_checkpoint_takes_the_place_of_one_that_waits(script, hub, monkeypatch):
-    pushed, started, gate = [], threading.Event(), threading.Event()
+def test_one_push_at_a_time_and_of_those_that_wait_the_newest(script, hub, monkeypatch):
+    events, started, gate = [], threading.Event(), threading.Event()
 
-    def slow_push(self, pipeline, training):
-        pushed.append(training["steps"])
+    def slow_push(self, pipeline, training, grid):
+        events.append(f"{training['steps']} starts")
         started.set()
         assert gate.wait(20)
+        events.append(f"{training['steps']} ends")
 
     monkeypatch.setattr(script.HubPusher, "push", slow_push)
     arguments = ["--train_data_dir", "a", "--output_dir", "mine", "--push_to_hub"]
     pusher = script.HubPusher(script.parse_args(arguments))
-    pusher.push_in_background(None, {"steps": 1})
-    assert started.wait(20)
-    pusher.push_in_background(None, {"steps": 2})
-    pusher.push_in_background(None, {"steps": 3})
-    gate.set()
-    pusher.thread.submit(lambda: None).result()
-    pusher.finish(None, {"steps": 4})
-    assert pushed == [1, 3, 4]
+    for steps in ((1, 2, 3), (4, 5)):
+        gate.clear()
+        started.clear()
+        for step in steps:
+            pusher.push_in_background(None, {"steps": step}, None)
+            assert started.wait(20)
+        if steps == (1, 2, 3):
+            gate.set()
+            pusher.thread.submit(lambda: None).result()
+    threading.Timer(0.1, gate.set).start()
+    pusher.finish(None, {"steps": 6}, None)
+    assert events == [f"{step} {what}" for step in (1, 3, 4, 6) for what in ("starts", "ends")]
 
 
 def test_a_hub_that_fails_does_not_stop_the_training(hub, script, train, messages, monkeypatch):
@@ -195,7 +206,7 @@ def test_a_result_that_cannot_be_pushed_is_saved(hub, train, messages):
     hub.fail("POST .*/commit/", times=10_000)
     with pytest.raises(ConnectionError, match="'me/trained': the Hub answers with the status 503"):
         train("--push_to_hub", "--checkpointing_steps", "6")
-    saved = next(message for message in messages() if message.startswith("Saved the pipeline in"))
+    saved = next(message for message in messages() if "Saved the pipeline in" in message)
     GMemPipeline.from_pretrained(saved.split()[-1])
 
 

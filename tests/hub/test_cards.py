@@ -141,7 +141,13 @@ def test_cards_tell_no_local_paths(pipe, tmp_path):
     pipe = GMemPipeline.from_pretrained(folder)
     cards = [
         memory_bank_card(bank, "me/snippets"),
-        model_card(pipe, "me/model", bank_source={"subfolder": "bank"}, dataset=str(tmp_path / "my_images")),
+        model_card(
+            pipe,
+            "me/model",
+            bank_source={"subfolder": "bank"},
+            dataset=str(tmp_path / "my_images"),
+            training={"started from": str(folder)},
+        ),
     ]
     for card in cards:
         check_form(card)

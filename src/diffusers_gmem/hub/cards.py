@@ -185,7 +185,7 @@ def model_card(
             "image encoder": None if bank is None else _public(bank.encoder),
             "revision of the encoder": None if bank is None else bank.encoder_revision,
         }
-    settings = dict(training or {})
+    settings = {name: _public(value) if isinstance(value, str) else value for name, value in (training or {}).items()}
     return ModelCard.from_template(
         data,
         template_str=_template("model_card.md"),
