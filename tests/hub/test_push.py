@@ -24,6 +24,14 @@ def images(pipe, bank):
     return pipe(memory=bank[:2], num_inference_steps=2, generator=generator, output_type="pt").images
 
 
+def assert_same(loaded, pipe, bank):
+    """The weights to the bit; the images, since kernels round differently where weights are mapped from a file."""
+    weights = pipe.transformer.state_dict()
+    for name, tensor in loaded.transformer.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    torch.testing.assert_close(images(loaded, bank), images(pipe, bank), rtol=0, atol=2e-6)
+
+
 # Memory banks
 
 
@@ -79,7 +87,7 @@ def test_push_pipeline(hub, pipe, bank):
         loaded = cls.from_pretrained("me/model")
         loaded.set_progress_bar_config(disable=True)
         assert isinstance(loaded, GMemPipeline)
-        assert torch.equal(images(loaded, bank), images(pipe, bank))
+        assert_same(loaded, pipe, bank)
     assert not [name for name in hub.downloaded("me/model") if name.endswith((".md", ".png", ".py"))]
 
 
@@ -101,7 +109,7 @@ def test_push_pipeline_again(hub, pipe, bank):
     for variant in (None, "fp16"):
         loaded = GMemPipeline.from_pretrained("me/model", variant=variant)
         loaded.set_progress_bar_config(disable=True)
-        assert torch.equal(images(loaded, bank), images(pipe, bank))
+        assert_same(loaded, pipe, bank)
 
 
 def test_push_pipeline_with_code(hub, pipe):

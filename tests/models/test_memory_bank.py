@@ -94,6 +94,15 @@ def test_the_rows_are_copied_unless_the_caller_keeps_them_unchanged():
     assert torch.equal(shared[3], snippets[3]) and torch.equal(low_rank[3], snippets[3])
 
 
+@pytest.mark.parametrize("copy", [True, False])
+def test_rows_that_are_not_contiguous(tmp_path, copy):
+    snippets = rows(6, 10).T
+    bank = GMemMemoryBank(snippets, copy=copy)
+    bank.save_pretrained(tmp_path)
+    assert torch.equal(GMemMemoryBank.from_pretrained(tmp_path)[:], snippets)
+    assert bank.fingerprint == GMemMemoryBank(snippets.contiguous()).fingerprint
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [

@@ -1178,7 +1178,7 @@ def _checked(
         )
     if rows.dtype not in dtypes:
         raise ValueError(f"`{name}` has to be one of {', '.join(map(dtype_name, dtypes))}, but is {rows.dtype}.")
-    rows = rows.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format)
+    rows = rows.detach().to("cpu", copy=copy, memory_format=torch.contiguous_format).contiguous()
     bad_row = first_nonfinite_row(rows)
     if bad_row is not None:
         raise ValueError(f"`{name}` has to be finite, but row {bad_row} holds NaN or infinity.")
