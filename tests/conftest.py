@@ -24,14 +24,6 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Kernels round differently by the number of threads: what one file leaves set must not reach the next."""
-    import torch
-
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="session")
 def _hub_server():
     from hub_server import HubServer

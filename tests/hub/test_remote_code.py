@@ -144,12 +144,12 @@ def test_loads_without_the_package(hub, pipe, tmp_path):
     assert process.returncode == 0, process.stderr
     assert "might require the following packages" not in process.stderr
 
-    # Loaded as well: kernels may round differently where weights are mapped from a file
-    loaded = GMemPipeline.from_pretrained("me/gmem")
     generator = torch.Generator().manual_seed(0)
-    expected = loaded(num_images=2, num_inference_steps=2, generator=generator, output_type="np").images
-    for images in np.load(tmp_path / "images.npz").values():
-        assert np.array_equal(images, expected)
+    expected = pipe(num_images=2, num_inference_steps=2, generator=generator, output_type="np").images
+    first, second = np.load(tmp_path / "images.npz").values()
+    assert np.array_equal(first, second)
+    # Between processes, kernels round differently: by how their weights lie in memory and by the number of threads
+    np.testing.assert_allclose(first, expected, rtol=0, atol=2e-6)
 
     # What is saved there is a pipeline like any other
     again = GMemPipeline.from_pretrained(tmp_path / "again")
