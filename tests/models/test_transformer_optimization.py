@@ -102,6 +102,14 @@ def test_export():
 # Attention
 
 
+@pytest.fixture
+def active_backend_kept():
+    """`set_attention_backend` also chooses for the whole process, which `reset_attention_backend` does not take back."""
+    with attention_backend("native"):
+        yield
+
+
+@pytest.mark.usefixtures("active_backend_kept")
 @each_backbone
 def test_attention_backends(options):
     model, inputs = make_model(**options), make_inputs()
@@ -125,6 +133,7 @@ class RecordOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("active_backend_kept")
 def test_the_models_own_backend_wins_over_the_active_one():
     model = make_model()
     names = {}
