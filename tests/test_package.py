@@ -19,6 +19,7 @@ import diffusers_gmem
 PUBLIC_NAMES = {
     "GMemFlowMatchScheduler",
     "GMemImageEncoder",
+    "GMemImageProcessor",
     "GMemMemoryBank",
     "GMemPipeline",
     "GMemPipelineOutput",

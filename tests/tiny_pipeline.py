@@ -22,9 +22,8 @@ def seed(number):
 
 def make_transformer(cls=GMemTransformer2DModel, **config):
     torch.manual_seed(0)
-    config = {"in_channels": 4, "num_layers": 2, **config}
+    config = {"sample_size": 8, "in_channels": 4, "num_layers": 2, **config}
     return cls(
-        sample_size=8,
         patch_size=2,
         num_attention_heads=2,
         attention_head_dim=16,

@@ -4,6 +4,7 @@
 """Memory-conditioned image generation (GMem, arXiv 2412.08781) for Hugging Face diffusers."""
 
 import sys
+from typing import Any
 
 import diffusers
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "GMemFlowMatchScheduler",
     "GMemImageEncoder",
+    "GMemImageProcessor",
     "GMemMemoryBank",
     "GMemPipeline",
     "GMemPipelineOutput",
@@ -37,3 +39,12 @@ setattr(diffusers.pipelines, __name__, sys.modules[__name__])
 diffusers.GMemPipeline = GMemPipeline
 # Schedulers list their compatible ones by looking the names up here
 diffusers.GMemFlowMatchScheduler = GMemFlowMatchScheduler
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when it is asked for: it needs transformers
+    if name == "GMemImageProcessor":
+        from .data.image_processor import GMemImageProcessor
+
+        return GMemImageProcessor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

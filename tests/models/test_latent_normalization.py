@@ -6,8 +6,16 @@ import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import FrozenDict
 from reference_cases import assert_matches, case_tensors, reference_cases
+from tiny_training import make_autoencoder
 
-from diffusers_gmem.models.latent_normalization import denormalize_latents, normalize_latents
+from diffusers_gmem.data import encode_images
+from diffusers_gmem.models.latent_normalization import (
+    decode_latents,
+    denormalize_latents,
+    normalization_config,
+    normalize_latents,
+    spatial_compression_ratio,
+)
 
 
 def random_latents(dtype=torch.float32):
@@ -89,3 +97,28 @@ def test_statistics_survive_saving_the_vae(tmp_path):
     assert torch.equal(
         normalize_latents(random_latents(), loaded.config), normalize_latents(random_latents(), vae.config)
     )
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderDC", "AutoencoderRAE", "AutoencoderTiny"])
+def test_decoding_undoes_what_encoding_and_normalising_did(kind):
+    # RAE's own statistics act within it, once
+    statistics = {}
+    if kind != "AutoencoderDC":  # whose constructor takes none
+        channels = {"AutoencoderKL": 2, "AutoencoderRAE": 64, "AutoencoderTiny": 4}[kind]
+        shape = (channels, 1, 1) if kind == "AutoencoderRAE" else (channels,)
+        statistics = {"latents_mean": torch.full(shape, 0.3).tolist(), "latents_std": torch.full(shape, 2.0).tolist()}
+    if kind == "AutoencoderTiny":
+        vae = make_autoencoder(kind)
+        vae.register_to_config(**statistics)
+    else:
+        vae = make_autoencoder(kind, **statistics)
+    vae.eval()
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    encoded = encode_images(vae, images)[0]
+    with torch.no_grad():
+        found = decode_latents(vae, normalize_latents(encoded, normalization_config(vae)))
+        expected = vae.decode(encoded).sample
+    if kind == "AutoencoderRAE":  # decodes to [0, 1]
+        expected = expected * 2 - 1
+    torch.testing.assert_close(found, expected)
+    assert found.shape[2:] == (encoded.shape[2] * spatial_compression_ratio(vae),) * 2

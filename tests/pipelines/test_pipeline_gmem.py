@@ -44,10 +44,12 @@ from tiny_pipeline import (
     run,
     seed,
 )
+from tiny_training import make_autoencoder
 
 from diffusers_gmem import (
     GMemFlowMatchScheduler,
     GMemImageEncoder,
+    GMemImageProcessor,
     GMemMemoryBank,
     GMemPipeline,
     GMemPipelineOutput,
@@ -1356,3 +1358,37 @@ def test_image_encoder_of_this_package(tmp_path, warnings):
         assert len(run(loaded, image=make_picture()).images) == 1
     assert not warnings.records
     assert GMemPipeline.from_pipe(loaded).image_encoder is loaded.image_encoder
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderDC", "AutoencoderRAE", "AutoencoderTiny"])
+def test_other_autoencoders(tmp_path, kind):
+    vae = make_autoencoder(kind).eval()
+    channels = {"AutoencoderDC": 4, "AutoencoderRAE": 64, "AutoencoderTiny": 4}[kind]
+    if kind != "AutoencoderRAE":
+        vae.register_to_config(latents_mean=[0.5] * channels, latents_std=[2.0] * channels)
+    pipe = make_pipeline(make_transformer(sample_size=2, in_channels=channels), vae=vae, memory_bank=make_bank())
+    pipe.save_pretrained(tmp_path)
+    for loaded in (pipe, load(tmp_path)):
+        assert loaded.vae_scale_factor == (4 if kind == "AutoencoderRAE" else 2)
+        latents = run(quiet(loaded), output_type="latent").images
+        with torch.no_grad():
+            if kind == "AutoencoderRAE":  # normalises itself, and decodes to [0, 1]
+                expected = vae.decode(latents).sample.clamp(0, 1)
+            else:
+                factor = vae.config.scaling_factor
+                expected = (vae.decode(latents * 2.0 / factor + 0.5).sample / 2 + 0.5).clamp(0, 1)
+        torch.testing.assert_close(run(loaded, output_type="pt").images, expected)
+    assert GMemPipeline.from_pipe(pipe).vae is vae
+
+
+def test_image_processor_of_this_package(tmp_path, warnings):
+    """Loading a pipeline finds the class by the name that saving recorded."""
+    components = make_image_encoder() | {"image_processor": GMemImageProcessor(crop_size=32, size=28)}
+    pipe = make_pipeline(**components)
+    pipe.save_pretrained(tmp_path)
+    assert index_of(tmp_path)["image_processor"] == ["diffusers_gmem", "GMemImageProcessor"]
+    for cls in (GMemPipeline, DiffusionPipeline):
+        loaded = load(tmp_path, cls)
+        assert loaded.image_processor.to_dict() == components["image_processor"].to_dict()
+        torch.testing.assert_close(loaded.encode_image(make_picture()), pipe.encode_image(make_picture()))
+    assert not warnings.records

@@ -78,3 +78,7 @@ class GMemImageProcessor(ImageProcessingMixin):
                 f"{tuple(image.shape)}."
             )
         return image.float() / 255 if do_rescale else image.float()
+
+
+# As which a saved pipeline records it, see the package's `__init__`
+GMemImageProcessor.__module__ = "diffusers_gmem"

@@ -7,6 +7,7 @@ are read from the VAE's config (`latents_mean`, `latents_std`, `scaling_factor`,
 """
 
 import torch
+from diffusers import AutoencoderRAE, ModelMixin
 from diffusers.configuration_utils import FrozenDict
 
 
@@ -28,6 +29,35 @@ def denormalize_latents(latents: torch.Tensor, vae_config: FrozenDict) -> torch.
     """`latents * std / scaling_factor + mean`: the inverse of [`normalize_latents`]."""
     mean, std = _statistics(latents, vae_config)
     return latents * std / vae_config.scaling_factor + mean
+
+
+def normalization_config(vae: ModelMixin) -> FrozenDict:
+    """What `normalize_latents` takes for a VAE: its config, or that of no change for AutoencoderRAE, which normalises itself."""
+    return FrozenDict(scaling_factor=1.0) if isinstance(vae, AutoencoderRAE) else vae.config
+
+
+def spatial_compression_ratio(vae: ModelMixin) -> int:
+    """How many pixels of the decoded image one latent stands for, in each direction."""
+    if isinstance(vae, AutoencoderRAE):
+        return vae.config.patch_size
+    channels = vae.config.get("block_out_channels") or vae.config.encoder_block_out_channels
+    return 2 ** (len(channels) - 1)
+
+
+def decode_latents(vae: ModelMixin, latents: torch.Tensor) -> torch.Tensor:
+    """
+    Images of normalised latents.
+
+    Args:
+        vae (`ModelMixin`): an autoencoder of diffusers for images.
+        latents (`torch.Tensor` of shape `(batch_size, channels, height, width)`): what [`normalize_latents`] returns.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, 3, ratio * height, ratio * width)`: in about [-1, 1], float32.
+    """
+    latents = denormalize_latents(latents, normalization_config(vae))
+    images = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
+    return 2 * images - 1 if isinstance(vae, AutoencoderRAE) else images
 
 
 def _statistics(latents: torch.Tensor, vae_config: FrozenDict) -> tuple[torch.Tensor | float, torch.Tensor | float]:

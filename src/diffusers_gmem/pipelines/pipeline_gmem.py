@@ -13,7 +13,10 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderRAE,
+    AutoencoderTiny,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
@@ -29,7 +32,7 @@ from huggingface_hub import CommitInfo
 from ..hub.locate import locate_pipeline
 from ..hub.transfer import HubRepo
 from ..models.image_encoder import GMemImageEncoder, to_rgb
-from ..models.latent_normalization import denormalize_latents
+from ..models.latent_normalization import decode_latents, spatial_compression_ratio
 from ..models.memory_bank import GMemMemoryBank
 from ..models.transformer_gmem import GMemTransformer2DModel
 from ..schedulers.scheduling_gmem_flow_match import GMemFlowMatchScheduler
@@ -89,8 +92,9 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             [`GMemFlowMatchScheduler`], or a scheduler of diffusers that is configured for flow matching
             ([`FlowMatchEulerDiscreteScheduler`], [`FlowMatchHeunDiscreteScheduler`], or UniPC or DPM++ with
             `use_flow_sigmas=True, prediction_type="flow_prediction"`).
-        vae ([`AutoencoderKL`], *optional*):
-            Decodes the latents. `None`: the transformer works on pixels in [-1, 1].
+        vae (`ModelMixin`, *optional*):
+            Decodes the latents: [`AutoencoderKL`], [`AutoencoderDC`], [`AutoencoderRAE`] or [`AutoencoderTiny`]. `None`:
+            the transformer works on pixels in [-1, 1].
         memory_bank ([`GMemMemoryBank`], *optional*):
             Where snippets are drawn from. It stays memory-mapped on the CPU, whatever the pipeline's device and dtype;
             only the rows in use travel.
@@ -117,9 +121,9 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         self,
         transformer: GMemTransformer2DModel,
         scheduler: SchedulerMixin,
-        vae: AutoencoderKL | None = None,
-        memory_bank: GMemMemoryBank | None = None,
         # `from_pipe` carries over diffusers' models only where their very class is named
+        vae: AutoencoderKL | AutoencoderDC | AutoencoderRAE | AutoencoderTiny | None = None,
+        memory_bank: GMemMemoryBank | None = None,
         image_encoder: GMemImageEncoder | torch.nn.Module | None = None,
         image_processor=None,
         guider: BaseGuidance | None = None,
@@ -138,7 +142,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         self.register_to_config(memory_bank_source=memory_bank_source)
         # Assigned, not registered: diffusers then never casts, moves or saves it. `save_pretrained` below does.
         self.memory_bank = memory_bank
-        self.vae_scale_factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        self.vae_scale_factor = 1 if vae is None else spatial_compression_ratio(vae)
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         # A model that was built, not loaded, is in train mode, in which dropout would act
         for model in (transformer, image_encoder):
@@ -624,12 +628,11 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         """Images in about [-1, 1], in float32."""
         if self.vae is None:
             return latents
-        latents = denormalize_latents(latents, self.vae.config)
         # Many VAEs overflow in float16, and say so
         needs_upcasting = self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast", False)
         if needs_upcasting:
             self.vae.to(torch.float32)
-        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0].float()
+        images = decode_latents(self.vae, latents)
         if needs_upcasting:
             self.vae.to(torch.float16)
         return images
