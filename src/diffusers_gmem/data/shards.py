@@ -242,28 +242,33 @@ def compute_shards(
     return [shard for _, _, shard in sorted(gather_object(finished))]
 
 
-def open_folder(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+def open_folder(folder: Path, settings: dict[str, Any], name: str = CONFIG_NAME) -> dict[str, Any]:
     """
     Begins, or goes on with, a folder of shards: writes the settings into its `config.json`, or compares them with those
     that are there.
 
+    Args:
+        folder (`Path`): made where it does not exist.
+        settings (`dict`): what decides the content of the shards.
+        name (`str`, defaults to `"config.json"`): of the file.
+
     Returns:
-        `dict`: the content of `config.json`.
+        `dict`: the content of the file.
 
     Raises:
         ValueError: if the folder was begun with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     settings = json.loads(json.dumps(settings))
-    path = folder / CONFIG_NAME
+    path = folder / name
     if not path.exists():
         write_json(path, settings)
         return settings
     config = json.loads(path.read_text(encoding="utf-8"))
     differences = [
-        f"{name}: {config.get(name)!r} there, {value!r} now"
-        for name, value in settings.items()
-        if config.get(name) != value
+        f"{key}: {config.get(key)!r} there, {value!r} now"
+        for key, value in settings.items()
+        if config.get(key) != value
     ]
     if differences:
         raise ValueError(
