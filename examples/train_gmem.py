@@ -26,18 +26,13 @@ the Hub, with cards. The training does not wait for it.
 """
 
 import argparse
-import contextlib
 import copy
 import json
 import logging
 import math
-import os
-import re
-import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -49,12 +44,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import make_image_grid
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diffusers_gmem import (
@@ -68,12 +64,24 @@ from diffusers_gmem.data import ImageSource, center_crop, compute_snippets, load
 from diffusers_gmem.hub import HubRepo
 from diffusers_gmem.models.latent_normalization import normalize_latents
 from diffusers_gmem.training import GMemTrainingDataset, TrainingBatchSampler, flow_matching_loss
+from diffusers_gmem.training.checkpoints import (
+    checkpoint_step,
+    latest_checkpoint,
+    list_checkpoints,
+    remove_old_checkpoints,
+    verify_checkpoint,
+    write_checkpoint,
+)
+from diffusers_gmem.training.stopping import StopRequest, TrainingStopped, ignore_stop_signals
+from diffusers_gmem.training.training_state import gather_optimizer, gather_tensor, scatter_optimizer, scatter_tensor
 
 
 logger = get_logger(__name__)
 
 EMA_FOLDER = "transformer_ema"
 DEFAULT_IMAGE_ENCODER = "facebook/dinov2-base"
+# Arguments that may differ between a run and its continuation without a word, or are nobody's business
+ARGUMENTS_OF_A_START = ("resume_from_checkpoint", "output_dir", "cache_dir", "hub_token")
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LORA_CARD = """---
 {{ card_data }}
@@ -443,8 +451,12 @@ def adapt_transformer(
     return transformer
 
 
+def named_trained_parameters(transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+
+
 def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
+    return [parameter for _, parameter in named_trained_parameters(transformer)]
 
 
 def save_weights(args: argparse.Namespace, transformer: GMemTransformer2DModel, folder: str | Path) -> None:
@@ -461,33 +473,34 @@ def save_weights(args: argparse.Namespace, transformer: GMemTransformer2DModel, 
     )
 
 
-def load_weights(args: argparse.Namespace, transformer: GMemTransformer2DModel, folder: str | Path) -> None:
-    """Loads what `save_weights` saved."""
+def read_weights(args: argparse.Namespace, transformer: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """What `save_weights` saved, by the names of the transformer's parameters."""
     if not args.use_lora:
-        transformer.load_state_dict(GMemTransformer2DModel.from_pretrained(folder).state_dict())
-        return
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
+        return GMemTransformer2DModel.from_pretrained(folder).state_dict()
     state_dict = GMemPipeline.lora_state_dict(folder)
-    state_dict = {name.removeprefix("transformer."): tensor for name, tensor in state_dict.items()}
-    if state_dict.keys() != get_peft_model_state_dict(transformer).keys():
+    keys = {
+        f"transformer.{name.replace('.default.', '.')}": name for name in dict(named_trained_parameters(transformer))
+    }
+    if state_dict.keys() != keys.keys():
         raise ValueError(f"The LoRA layers in {folder} are not those of --lora_layers {args.lora_layers}.")
-    set_peft_model_state_dict(transformer, state_dict)
+    return {keys[key]: tensor for key, tensor in state_dict.items()}
 
 
-def register_lora_checkpoints(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Makes the accelerator save and load the LoRA layers instead of the whole transformer."""
-
-    def save(models: list[torch.nn.Module], weights: list[dict], folder: str) -> None:
-        if accelerator.is_main_process:
-            save_weights(args, accelerator.unwrap_model(models[0]), folder)
-        weights.clear()
-
-    def load(models: list[torch.nn.Module], folder: str) -> None:
-        load_weights(args, accelerator.unwrap_model(models.pop()), folder)
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+def gather_weights(
+    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, ema: EMAModel | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    All weights, or all that LoRA trains, or with `ema` their moving average, on the main process. All processes must call
+    it: each may hold but a piece.
+    """
+    model = accelerator.unwrap_model(transformer)
+    trained = dict(named_trained_parameters(model))
+    tensors = trained if args.use_lora else model.state_dict()
+    if ema is not None:
+        tensors = {**tensors, **dict(zip(trained, ema.shadow_params, strict=True))}
+    is_main = accelerator.is_main_process
+    weights = {name: gather_tensor(tensor, keep=is_main) for name, tensor in tensors.items()}
+    return weights if is_main else {}
 
 
 def compute_alignment_features(
@@ -536,77 +549,149 @@ def log_validation(
             tracker.log({"validation": wandb.Image(grid)}, step=step)
 
 
-def checkpoint_steps(output_dir: str) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
-    names = [re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output_dir).glob("checkpoint-*")]
-    return sorted(int(name[1]) for name in names if name)
-
-
-@contextlib.contextmanager
-def averaged_weights(transformer: torch.nn.Module, ema: EMAModel | None) -> Iterator[None]:
-    """Inside, the transformer has the moving average of its weights, if one is kept."""
-    if ema is None:
-        yield
-        return
-    parameters = trained_parameters(transformer)
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
-
-
 def save_checkpoint(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, ema: EMAModel | None, step: int
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    template: GMemTransformer2DModel,
+    transformer: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: EMAModel | None,
+    step: int,
+    data_order: dict[str, int],
+    log_sums: dict[str, torch.Tensor],
+    folder: Path,
 ) -> None:
-    """A folder checkpoint-<step>: accelerate's state and the moving average, under its name only when complete."""
-    folder = Path(args.output_dir, f"checkpoint-{step}")
-    temporary = folder.with_name(folder.name + ".tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed while it wrote
+    """
+    Writes all that a run needs to go on as if nothing had happened, on any number of processes: see `write_checkpoint`.
+
+    Args:
+        template (`GMemTransformer2DModel`): a plain copy of the transformer, whose weights are overwritten.
+        data_order (`dict`): what the order of the samples and all draws follow from, together with the step.
+        log_sums (`dict`): this process's sums for the next line of the log.
+    """
+    is_main = accelerator.is_main_process
+    weights = {"transformer": gather_weights(args, accelerator, transformer)}
+    if ema is not None:
+        weights[EMA_FOLDER] = gather_weights(args, accelerator, transformer, ema)
+    parameters = dict(named_trained_parameters(accelerator.unwrap_model(transformer)))
+    optimizer_state = gather_optimizer(parameters, optimizer.optimizer, keep=is_main)
+    # No generator has a part in the training, but in what others add to this script one may
+    process_state = {"generator": torch.get_rng_state()} | {
+        f"log_sum/{name}": total.cpu() for name, total in log_sums.items()
+    }
+    if accelerator.device.type != "cpu":
+        process_state["device_generator"] = torch.get_device_module(accelerator.device).get_rng_state()
+    process_states = gather_object([process_state])
+    state = {
+        "step": step,
+        "data_order": data_order,
+        "num_processes": accelerator.num_processes,
+        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
+        "arguments": {name: value for name, value in vars(args).items() if name not in ARGUMENTS_OF_A_START},
+    }
+
+    def write(folder: Path) -> None:
+        for name, tensors in weights.items():
+            template.load_state_dict(tensors, strict=not args.use_lora)
+            save_weights(args, template, folder / name)
+        save_file(optimizer_state, folder / "optimizer.safetensors")
+        save_file(
+            {f"{k}/{name}": tensor for k, tensors in enumerate(process_states) for name, tensor in tensors.items()},
+            folder / "processes.safetensors",
+        )
+        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+    if is_main:
+        write_checkpoint(folder, write)
     accelerator.wait_for_everyone()
-    accelerator.save_state(temporary)
-    if accelerator.is_main_process and ema is not None:
-        with averaged_weights(transformer, ema):
-            save_weights(args, accelerator.unwrap_model(transformer), temporary / EMA_FOLDER)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
-        temporary.rename(folder)
-        if args.checkpoints_total_limit is not None:
-            for old_step in checkpoint_steps(args.output_dir)[: -args.checkpoints_total_limit]:
-                shutil.rmtree(Path(args.output_dir, f"checkpoint-{old_step}"))
     logger.info(f"Saved {folder}")
 
 
-def resume(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, ema: EMAModel | None
-) -> int:
-    """Loads the checkpoint asked for, if there is one, and returns the number of steps done."""
+def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
+    """The checkpoint to resume from, if there is one. Raises if the one asked for by name is damaged."""
     if args.resume_from_checkpoint is None:
-        return 0
-    if args.resume_from_checkpoint == "latest":
-        steps = checkpoint_steps(args.output_dir)
-        if not steps:
-            logger.info(f"There is no checkpoint in {args.output_dir} to resume from: starting from the beginning.")
-            return 0
-        folder = Path(args.output_dir, f"checkpoint-{steps[-1]}")
-    else:
-        folder = Path(args.resume_from_checkpoint)
-        if not folder.is_dir() or not re.fullmatch(r"checkpoint-\d+", folder.name):
-            raise ValueError(f"--resume_from_checkpoint must be 'latest' or a folder checkpoint-<step>, got {folder}.")
-    step = int(folder.name.removeprefix("checkpoint-"))
+        return None
+    folder = None if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint must be 'latest' or the folder of a checkpoint, got {folder}."
+        )
+    found = [folder]
+    if accelerator.is_main_process:
+        if folder is None:
+            found = [latest_checkpoint(args.output_dir)]
+        else:
+            verify_checkpoint(folder)
+    folder = broadcast_object_list(found)[0]
+    if folder is None:
+        logger.info(f"There is no checkpoint in {args.output_dir} to resume from: starting from the beginning.")
+    return folder
+
+
+def resume(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    transformer: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
+    ema: EMAModel | None,
+    data_order: dict[str, int],
+) -> tuple[int, dict[str, torch.Tensor]]:
+    """Loads the checkpoint asked for, if there is one. Returns the number of steps done and this process's `log_sums`."""
+    folder = find_checkpoint(args, accelerator)
+    if folder is None:
+        return 0, {}
+    state = json.loads((folder / "state.json").read_text())
+    for name, value in data_order.items():
+        if state["data_order"][name] != value:
+            raise ValueError(
+                f"{folder} is of a run with {name} {state['data_order'][name]}, this one has {value}: its samples would "
+                "come in another order. The global batch is --train_batch_size x processes x "
+                "--gradient_accumulation_steps, of which each may change."
+            )
+    for name, value in json.loads(json.dumps(vars(args))).items():
+        if name in state["arguments"] and state["arguments"][name] != value:
+            logger.warning(f"--{name} is {value}, and was {state['arguments'][name]} before {folder.name}.")
+    if (EMA_FOLDER in {path.name for path in folder.iterdir()}) != (ema is not None):
+        raise ValueError(f"{folder} is of a run {'without' if ema is not None else 'with'} a moving average (--ema).")
+
+    model = accelerator.unwrap_model(transformer)
+    parameters = dict(named_trained_parameters(model))
+    tensors = parameters if args.use_lora else model.state_dict()
+    for name, whole in read_weights(args, model, folder / "transformer").items():
+        scatter_tensor(whole, tensors[name])
     if ema is not None:
-        load_weights(args, accelerator.unwrap_model(transformer), folder / EMA_FOLDER)
-        ema.shadow_params = [parameter.detach().clone() for parameter in trained_parameters(transformer)]
-        ema.optimization_step = step
-    accelerator.load_state(folder)
+        averages = read_weights(args, model, folder / EMA_FOLDER)
+        for name, average in zip(parameters, ema.shadow_params, strict=True):
+            scatter_tensor(averages[name], average)
+        ema.optimization_step = state["step"]
+    scatter_optimizer(load_file(folder / "optimizer.safetensors"), parameters, optimizer.optimizer)
+    lr_scheduler.last_epoch = state["step"]
+    for group, rate, schedule in zip(
+        lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * schedule(state["step"])
+    if state["scaler"] is not None and accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+    log_sums = {}
+    if state["num_processes"] == accelerator.num_processes:
+        prefix = f"{accelerator.process_index}/"
+        process_state = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in load_file(folder / "processes.safetensors").items()
+            if name.startswith(prefix)
+        }
+        torch.set_rng_state(process_state["generator"])
+        if "device_generator" in process_state and accelerator.device.type != "cpu":
+            torch.get_device_module(accelerator.device).set_rng_state(process_state["device_generator"])
+        log_sums = {
+            name.removeprefix("log_sum/"): tensor.to(accelerator.device)
+            for name, tensor in process_state.items()
+            if name.startswith("log_sum/")
+        }
     logger.info(f"Resuming from {folder}")
-    return step
+    return state["step"], log_sums
 
 
 class HubPusher:
@@ -701,6 +786,14 @@ class HubPusher:
 
 
 def main(args: argparse.Namespace) -> None:
+    with StopRequest() as stop:
+        try:
+            train(args, stop)
+        except TrainingStopped:
+            logger.info("Stopped: the same command with --resume_from_checkpoint latest goes on.")
+
+
+def train(args: argparse.Namespace, stop: StopRequest) -> None:
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
@@ -717,9 +810,10 @@ def main(args: argparse.Namespace) -> None:
         transformers.utils.logging.set_verbosity_error()
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-    if args.resume_from_checkpoint is None and checkpoint_steps(args.output_dir):
+    checkpoints = list_checkpoints(args.output_dir)
+    if args.resume_from_checkpoint is None and checkpoints:
         raise ValueError(
-            f"{args.output_dir} holds checkpoints of another run (of step {checkpoint_steps(args.output_dir)[-1]}): go on "
+            f"{args.output_dir} holds checkpoints of another run (of step {checkpoint_step(checkpoints[-1])}): go on "
             "with it by --resume_from_checkpoint latest, remove them, or take another --output_dir."
         )
     set_seed(args.seed)
@@ -777,6 +871,8 @@ def main(args: argparse.Namespace) -> None:
         transformer = adapt_transformer(args, pretrained.transformer, latent_shape)
     else:
         transformer = build_transformer(args, latent_shape, memory_bank.dim, alignment_encoder)
+    # What pictures, pipelines and checkpoints are made of: in one piece, on the CPU, and never trained itself
+    template = copy.deepcopy(transformer).eval() if accelerator.is_main_process else None
     transformer.train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -797,6 +893,7 @@ def main(args: argparse.Namespace) -> None:
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
+    transformer, optimizer = accelerator.prepare(transformer, optimizer)
     ema = None
     if args.ema:
         ema = EMAModel(
@@ -806,13 +903,8 @@ def main(args: argparse.Namespace) -> None:
             update_after_step=-1 if args.ema_warmup == "none" else 0,
             foreach=True,
         )
-    transformer, optimizer = accelerator.prepare(transformer, optimizer)
-    if args.use_lora:
-        register_lora_checkpoints(args, accelerator)
-    first_step = resume(args, accelerator, transformer, ema)
-    lr_scheduler.last_epoch = first_step  # the rate itself comes back with the optimizer
-    if ema is not None:
-        ema.to(accelerator.device)
+    data_order = {"seed": args.seed, "num_images": len(source), "global_batch_size": global_batch_size}
+    first_step, sums = resume(args, accelerator, transformer, optimizer, lr_scheduler, ema, data_order)
 
     # 3. Order of the samples
     dataset = GMemTrainingDataset(
@@ -844,6 +936,7 @@ def main(args: argparse.Namespace) -> None:
         batch_sampler=batch_sampler,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
         generator=torch.Generator(),  # or it would draw from the global one, which LoRA's dropout uses
     )
 
@@ -863,27 +956,30 @@ def main(args: argparse.Namespace) -> None:
         del config["hub_token"]
         accelerator.init_trackers("gmem", config=config)
 
-    def make_pipeline() -> GMemPipeline:
+    def make_pipeline() -> GMemPipeline | None:
+        """The pipeline so far, on the main process; all must call it. The next call changes its weights."""
+        weights = gather_weights(args, accelerator, transformer, ema)
+        if not accelerator.is_main_process:
+            return None
+        template.load_state_dict(weights, strict=not args.use_lora)
         return GMemPipeline(
-            accelerator.unwrap_model(transformer),
-            scheduler,
-            vae=vae,
-            memory_bank=memory_bank,
-            image_encoder=encoder,
-            image_processor=processor,
+            template, scheduler, vae=vae, memory_bank=memory_bank, image_encoder=encoder, image_processor=processor
         )
 
     def validate(step: int) -> None:
-        if accelerator.is_main_process:
-            with averaged_weights(transformer, ema):
-                log_validation(args, accelerator, make_pipeline(), source, step)
-            transformer.train()
+        pipeline = make_pipeline()
+        if pipeline is not None:
+            try:
+                with stop.interruptible():
+                    template.to(accelerator.device)
+                    log_validation(args, accelerator, pipeline, source, step)
+            except TrainingStopped:
+                logger.info("The validation is given up.")
+            template.to("cpu")
 
-    def snapshot(step: int) -> tuple[GMemPipeline, dict[str, Any], PIL.Image.Image | None]:
-        """The pipeline after a step, which further training does not change, how it was trained, and what it draws."""
-        with averaged_weights(transformer, ema):
-            pipeline = make_pipeline()
-            pipeline.transformer = copy.deepcopy(pipeline.transformer).to("cpu")
+    def snapshot(pipeline: GMemPipeline, step: int) -> tuple[GMemPipeline, dict[str, Any], PIL.Image.Image | None]:
+        """A pipeline that further training does not change, how it was trained, and what it draws."""
+        pipeline.transformer = copy.deepcopy(pipeline.transformer)
         grid = None
         grids = sorted(Path(args.output_dir, "samples").glob("step-*.png"))
         if grids:  # the lower row, which was generated: the training images are not ours to publish
@@ -907,13 +1003,18 @@ def main(args: argparse.Namespace) -> None:
         }
         return pipeline, training, grid
 
+    def checkpoint(step: int, name: str = "checkpoint") -> None:
+        log_sums = sums | {"num_batches": torch.tensor(num_batches)}
+        folder = Path(args.output_dir, f"{name}-{step}")
+        save_checkpoint(args, accelerator, template, transformer, optimizer, ema, step, data_order, log_sums, folder)
+
     # 4. Training
     step = first_step
     progress_bar = tqdm(
         total=args.max_train_steps, initial=first_step, desc="Training", disable=not accelerator.is_local_main_process
     )
-    sums: dict[str, torch.Tensor] = {}
-    num_batches = 0
+    stop.begin()
+    num_batches = int(sums.pop("num_batches", 0))
     start_time = time.perf_counter()
     for batch in dataloader:
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
@@ -979,26 +1080,38 @@ def main(args: argparse.Namespace) -> None:
             )
             sums, num_batches, start_time = {}, 0, time.perf_counter()
         if step % args.checkpointing_steps == 0:
-            save_checkpoint(args, accelerator, transformer, ema, step)
+            checkpoint(step)
+            if args.checkpoints_total_limit is not None and accelerator.is_main_process:
+                remove_old_checkpoints(args.output_dir, args.checkpoints_total_limit)
         if last_step or (args.validation_steps is not None and step % args.validation_steps == 0):
             validate(step)
             start_time = time.perf_counter()
-        if hub is not None and step % args.checkpointing_steps == 0 and not last_step:
-            hub.push_in_background(*snapshot(step))
+        if args.push_to_hub and step % args.checkpointing_steps == 0 and not last_step:
+            pipeline = make_pipeline()
+            if hub is not None:
+                hub.push_in_background(*snapshot(pipeline, step))
+        if not last_step and stop.agreed():
+            if step % args.checkpointing_steps != 0:
+                checkpoint(step)
+            if hub is not None:
+                hub.waiting.clear()
+            progress_bar.close()
+            accelerator.end_training()
+            raise TrainingStopped
     progress_bar.close()
 
     # 5. A complete pipeline, or LoRA layers for the pretrained one
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        with averaged_weights(transformer, ema):
-            if args.use_lora:
-                save_weights(args, accelerator.unwrap_model(transformer), args.output_dir)
-            else:
-                make_pipeline().save_pretrained(args.output_dir)
+    pipeline = make_pipeline()
+    if pipeline is not None:
+        if args.use_lora:
+            save_weights(args, pipeline.transformer, args.output_dir)
+        else:
+            pipeline.save_pretrained(args.output_dir)
         logger.info(f"Saved the {'LoRA layers' if args.use_lora else 'pipeline'} in {args.output_dir}")
     accelerator.end_training()
     if hub is not None:
-        hub.finish(*snapshot(step))
+        with stop.interruptible():
+            hub.finish(*snapshot(pipeline, step))
 
 
 if __name__ == "__main__":

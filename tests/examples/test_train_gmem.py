@@ -168,7 +168,7 @@ def test_validation_grids_and_checkpoints_are_written(finished):
 def test_the_saved_weights_are_the_moving_average(finished):
     output_dir, _ = finished
     assert_same_weights(output_dir / "transformer", output_dir / "checkpoint-6" / "transformer_ema")
-    trained = load_file(output_dir / "checkpoint-6" / "model.safetensors")
+    trained = load_file(output_dir / "checkpoint-6" / "transformer" / "diffusion_pytorch_model.safetensors")
     averaged = weights(output_dir / "transformer")
     assert not torch.equal(trained["proj_out.weight"], averaged["proj_out.weight"])
     # The projector serves training only, but belongs to the model
@@ -187,8 +187,10 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(script, finished):
     command = [str(resumed) if word == str(output_dir) else word for word in command]
     train(script, [*command, "--resume_from_checkpoint", "latest"])
     assert_same_weights(resumed / "transformer", output_dir / "transformer")
-    resumed_state = load_file(resumed / "checkpoint-6" / "model.safetensors")
-    for name, tensor in load_file(output_dir / "checkpoint-6" / "model.safetensors").items():
+    resumed_state = load_file(resumed / "checkpoint-6" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in load_file(
+        output_dir / "checkpoint-6" / "transformer" / "diffusion_pytorch_model.safetensors"
+    ).items():
         assert torch.equal(tensor, resumed_state[name]), name
     assert not (resumed / "checkpoint-4" / "half.bin").exists()
     assert not list(resumed.glob("*.tmp"))
@@ -246,7 +248,7 @@ def test_latents_of_a_vae(script, workplace):
 def test_without_moving_average_the_weights_are_the_last(script, workplace):
     output_dir = workplace / "no_ema"
     train(script, [*arguments(workplace, output_dir, max_train_steps=2), "--no-ema"])
-    trained = load_file(output_dir / "checkpoint-2" / "model.safetensors")
+    trained = load_file(output_dir / "checkpoint-2" / "transformer" / "diffusion_pytorch_model.safetensors")
     saved = weights(output_dir / "transformer")
     assert all(torch.equal(saved[name], trained[name]) for name in saved)
 
@@ -304,10 +306,10 @@ def test_lora_layers_are_all_that_is_saved(lora, finished):
     for name, tensor in tensors.items():
         averaged = lora_weights(output_dir / "checkpoint-4" / "transformer_ema")[name]
         assert torch.equal(tensor, averaged) and not torch.equal(
-            tensor, lora_weights(output_dir / "checkpoint-4")[name]
+            tensor, lora_weights(output_dir / "checkpoint-4" / "transformer")[name]
         )
     weight_files = [path.name for path in (output_dir / "checkpoint-4").rglob("*.safetensors")]
-    assert set(weight_files) == {"pytorch_lora_weights.safetensors"}
+    assert set(weight_files) == {"pytorch_lora_weights.safetensors", "optimizer.safetensors", "processes.safetensors"}
     # The pipeline they are for is as it was, its bank included
     GMemPipeline.from_pretrained(finished[0]).memory_bank.verify()
 
@@ -339,7 +341,7 @@ def test_resumed_lora_layers_are_those_of_the_run_that_was_not_interrupted(scrip
     command = [str(resumed) if word == str(output_dir) else word for word in command]
     command += ["--resume_from_checkpoint", "latest"]
     train(script, command)
-    for folder in ("", "checkpoint-4", "checkpoint-4/transformer_ema"):
+    for folder in ("", "checkpoint-4/transformer", "checkpoint-4/transformer_ema"):
         expected = lora_weights(output_dir / folder)
         for name, tensor in lora_weights(resumed / folder).items():
             assert torch.equal(tensor, expected[name]), name
