@@ -1236,6 +1236,7 @@ def test_components_and_from_pipe(saved):
     folder, expected = saved
     pipe = load(folder)
     names = {"transformer", "scheduler", "vae", "memory_bank", "image_encoder", "image_processor", "guider"}
+    names |= {"text_encoder", "tokenizer"}
     assert pipe.components.keys() == names
     for twin in (GMemPipeline(**pipe.components), GMemPipeline.from_pipe(pipe)):
         assert twin.memory_bank is pipe.memory_bank and twin.transformer is pipe.transformer

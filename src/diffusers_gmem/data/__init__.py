@@ -8,6 +8,7 @@ from .snippets import (
     paper_image_processor,
     resize_patch_features,
 )
+from .text_keys import encode_text_keys, load_text_key_encoder
 
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "compute_snippets",
     "encode_images",
     "encode_pixel_values",
+    "encode_text_keys",
     "image_to_tensor",
     "load_autoencoder",
     "load_image_encoder",
+    "load_text_key_encoder",
     "paper_image_processor",
     "resize_patch_features",
 ]

@@ -71,8 +71,13 @@ def memory_bank_card(
         "length of a snippet (L2 norm)": "smallest {:.4g}, mean {:.4g}, largest {:.4g}".format(*norms),
         "scaled to unit length": "yes" if bank.normalized else "no",
         "columns of the metadata": ", ".join(bank.metadata.column_names) if has_metadata else "none",
+        "text keys": "none",
         "fingerprint": f"`{bank.fingerprint}`",
     }
+    text_model = bank.text_model
+    if text_model is not None:
+        made_by = f"{_cell(_public(text_model['name']))}, revision {_cell(text_model['revision'])}"
+        facts["text keys"] = f"{text_model['dim']} numbers for each snippet, by {made_by}"
     if bank.reconstruction_error is None:
         del facts["relative reconstruction error"]
     classes = []
@@ -88,6 +93,7 @@ def memory_bank_card(
         title=pretty_name or repo_id.split("/")[-1],
         repo_id=repo_id,
         has_metadata=has_metadata,
+        has_text_keys=text_model is not None,
         facts=_rows(facts),
         classes=classes[:MAX_CLASSES],
         more_classes=max(0, len(classes) - MAX_CLASSES),
@@ -170,6 +176,7 @@ def model_card(
         "dimension of a snippet": config.memory_dim,
         "scheduler": type(pipe.scheduler).__name__,
         "image encoder for `image=`": "none" if pipe.image_encoder is None else _name(pipe.image_encoder),
+        "text encoder for `prompt=`": "none" if pipe.text_encoder is None else _name(pipe.text_encoder),
     }
     bank = pipe.memory_bank
     bank_facts = {}

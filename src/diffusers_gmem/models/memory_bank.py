@@ -46,6 +46,7 @@ from .memory_bank_files import (
 from .snippet_mixing import INTERPOLATION_METHODS, interpolate_snippets, unit_sum
 from .snippet_search import SEARCH_METRICS, nearest_snippets
 from .snippet_storage import STORED_DTYPES, SnippetCodec, SnippetStorage, StoredRows, encode_pieces
+from .text_embedding import embed_text
 
 
 if TYPE_CHECKING:
@@ -106,6 +107,9 @@ class GMemMemoryBank:
     Edits ([`~GMemMemoryBank.extend`], [`~GMemMemoryBank.without`], [`~GMemMemoryBank.select`],
     [`~GMemMemoryBank.merge`], [`~GMemMemoryBank.compress`]) return a new bank. It shares the rows of the old one, and
     remembers what it was made from ([`~GMemMemoryBank.history`]).
+
+    A bank can have text keys ([`~GMemMemoryBank.with_text_keys`]): then its rows can be found by words
+    ([`~GMemMemoryBank.search_text`]).
 
     Args:
         snippets (`torch.Tensor` of shape `(N, D)`):
@@ -222,6 +226,8 @@ class GMemMemoryBank:
             _labels=None if labels is None else _as_labels(labels, len(storage)),
             _metadata_parts=(len(storage) if metadata is None else _as_table(metadata, len(storage)),),
             _id2label=id2label,
+            _text_keys=None,
+            _text_model=None,
             encoder=encoder,
             encoder_revision=encoder_revision,
             _preprocessing=preprocessing,
@@ -295,6 +301,22 @@ class GMemMemoryBank:
         return None if self._id2label is None else dict(self._id2label)
 
     @property
+    def text_keys(self) -> torch.Tensor | None:
+        """A copy of the text keys, of shape `(N, K)` in their stored dtype, or `None`."""
+        return None if self._text_keys is None else self._text_keys.gather(torch.arange(len(self)))
+
+    @property
+    def text_model(self) -> dict[str, Any] | None:
+        """What made the text keys, or `None` where there are none: its `name`, `revision` and `type` (each `None` where not
+        recorded), and the dimension `dim` of a key."""
+        return None if self._text_model is None else dict(self._text_model)
+
+    @property
+    def has_new_text_keys(self) -> bool:
+        """Whether the bank has text keys that are not in the files it was opened from."""
+        return self._text_keys is not None and (self._manifest is None or not self._manifest.text_keys)
+
+    @property
     def preprocessing(self) -> dict[str, Any] | None:
         """A copy of the preparation of images for the encoder, or `None`."""
         return json.loads(json.dumps(self._preprocessing))
@@ -323,7 +345,7 @@ class GMemMemoryBank:
         """`"sha256:"` and 64 hexadecimal digits over the dtype, the shape, the rows and the labels, in order; of a bank of
         low rank over the basis and the mean too.
 
-        It does not depend on metadata, on the split into files, on the record of the encoder or on the history. Computed
+        It does not depend on metadata, on text keys, on the split into files, on the record of the encoder or on the history. Computed
         when first asked for; an opened bank takes it from its `config.json` (`verify` computes it anew).
         """
         return self._compute_fingerprint()
@@ -376,6 +398,8 @@ class GMemMemoryBank:
             parts.append(f"rank {self.rank}")
         if self._labels is not None:
             parts.append("with labels")
+        if self._text_keys is not None:
+            parts.append("with text keys")
         if self.encoder is not None:
             parts.append(f"encoder {self.encoder!r}")
         if self._folder is not None:
@@ -629,6 +653,49 @@ class GMemMemoryBank:
         scores, rows = nearest_snippets(self._storage, queries, k, metric)
         return (scores[0], rows[0]) if single else (scores, rows)
 
+    def search_text(
+        self, text: str | Sequence[str], k: int, text_encoder: torch.nn.Module, tokenizer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The rows whose text keys are closest to a text, by an exact search as in [`~GMemMemoryBank.nearest`].
+
+        Args:
+            text (`str` or `list[str]`): One text or several. What a model has no room for is cut off, with a warning.
+            k (`int`): How many rows, 1 to N.
+            text_encoder (`torch.nn.Module`):
+                The text half of the model that made the keys ([`~GMemMemoryBank.text_model`]), of transformers:
+                `CLIPModel`, `CLIPTextModelWithProjection`, `SiglipModel`, `SiglipTextModel` or their like. The search
+                runs on its device.
+            tokenizer: Its tokenizer, of transformers.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: cosines, float32, and row numbers, int64, both on the CPU and of shape `(k,)`
+            for one text, else `(n, k)`; the highest cosine first, and of equal ones the lowest row number.
+
+        Raises:
+            `TypeError`: `text` is not text.
+            `ValueError`: the bank has no text keys, `text` is an empty list, a `k` beyond the bank, or a text encoder of
+                another type or dimension than the model that made the keys, or whose outputs cannot be compared with
+                images.
+        """
+        if self._text_keys is None:
+            raise ValueError(
+                "this bank has no text keys, with which its rows could be found by words: add them with"
+                " `examples/build_memory_bank.py --text_keys <model>` (a CLIP or SigLIP model) or `with_text_keys`."
+            )
+        if not 1 <= k <= len(self):
+            raise ValueError(f"`k` is {k}, but accepted is 1 to {len(self)}.")
+        queries, model_type = embed_text([text] if isinstance(text, str) else text, text_encoder, tokenizer)
+        found = {"type": model_type, "dim": queries.shape[1]}
+        expected = {name: self._text_model[name] for name in found}
+        if found["dim"] != expected["dim"] or expected["type"] not in (None, found["type"]):
+            raise ValueError(
+                f"`text_encoder`, a {type(text_encoder).__name__}, is of {found}, but the text keys of this bank are of"
+                f" {expected}: it needs that of {self._text_model['name'] or 'the model that made them'}."
+            )
+        scores, rows = nearest_snippets(self._text_keys, queries, k, "cosine")
+        return (scores[0], rows[0]) if isinstance(text, str) else (scores, rows)
+
     def _snippets(self, value: int | Sequence[int | torch.Tensor] | torch.Tensor) -> torch.Tensor:
         """Snippets that are given by row numbers or as they are, of shape `(D,)` or `(n, D)`, in float32."""
         if isinstance(value, (list, tuple)):
@@ -649,11 +716,48 @@ class GMemMemoryBank:
 
     # Edits: each returns a new bank, which shares the rows of this one
 
+    def with_text_keys(
+        self,
+        text_keys: torch.Tensor,
+        model: str | None = None,
+        revision: str | None = None,
+        model_type: str | None = None,
+    ) -> "GMemMemoryBank":
+        """
+        The same bank with text keys: of each row, the embedding of its image by a model that embeds texts in the same space,
+        such as CLIP or SigLIP ([`~diffusers_gmem.data.load_text_key_encoder`]). Edits keep them aligned with the rows; files
+        of their own hold them. Rows, fingerprint and history stay what they are. Keys that the bank has are replaced.
+
+        Args:
+            text_keys (`torch.Tensor` of shape `(N, K)`): float32, float16 or bfloat16, finite. They are copied to the CPU.
+            model (`str`, *optional*): The model that made them, such as a repository id.
+            revision (`str`, *optional*): Its revision.
+            model_type (`str`, *optional*):
+                Its `config.model_type`, such as `"clip"` or `"siglip"`. [`~GMemMemoryBank.search_text`] then refuses text
+                encoders of another type.
+
+        Raises:
+            `TypeError`: `text_keys` is not a tensor.
+            `ValueError`: a shape or dtype that is not accepted, or a row that is not finite.
+        """
+        text_keys = _checked("text_keys", text_keys, ("N", "K"))
+        if len(text_keys) != len(self):
+            raise ValueError(f"`text_keys` has to have {len(self)} rows, but has {len(text_keys)}.")
+        bank = type(self).__new__(type(self))
+        bank._set(**vars(self))
+        bank._set(
+            _text_keys=SnippetStorage(SnippetCodec(text_keys.dtype), (StoredRows(text_keys),)),
+            _text_model={"name": model, "revision": revision, "type": model_type, "dim": text_keys.shape[1]},
+            _manifest=self._manifest and self._manifest._replace(text_keys=()),
+        )
+        return bank
+
     def extend(
         self,
         snippets: torch.Tensor,
         labels: torch.Tensor | Sequence[int] | None = None,
         metadata: "Mapping[str, Sequence] | pyarrow.Table | None" = None,
+        text_keys: torch.Tensor | None = None,
     ) -> "GMemMemoryBank":
         """
         A bank with more rows at its end.
@@ -667,11 +771,13 @@ class GMemMemoryBank:
             labels (`torch.Tensor` of shape `(n,)` or `list[int]`, *optional*): Needed if, and only if, the bank has labels.
             metadata (`dict[str, list]` or `pyarrow.Table`, *optional*):
                 Columns of n entries each. A column that the bank or `metadata` lacks is filled up with nulls.
+            text_keys (`torch.Tensor` of shape `(n, K)` or `(K,)`, *optional*):
+                Needed if, and only if, the bank has text keys. They are cast to the dtype of these.
 
         Raises:
-            `TypeError`: `snippets` is not a tensor, or `labels` are not integers.
+            `TypeError`: `snippets` or `text_keys` is not a tensor, or `labels` are not integers.
             `ValueError`: a shape that does not fit, a row that is not finite or not within the range of the bank's dtype,
-                or labels for a bank without, or none for a bank with labels.
+                or labels or text keys for a bank without, or none for a bank with them.
         """
         if isinstance(snippets, torch.Tensor) and snippets.ndim == 1:
             snippets = snippets[None]
@@ -683,6 +789,12 @@ class GMemMemoryBank:
             raise ValueError(f"`labels` is {labels!r}, but this bank {has}.")
         if labels is not None:
             labels = torch.cat([self._labels, _as_labels(labels, len(snippets))])
+        if (text_keys is None) != (self._text_keys is None):
+            has = "has text keys: give those of the new rows" if text_keys is None else "has none"
+            raise ValueError(f"`text_keys` is {text_keys!r}, but this bank {has}.")
+        stored_keys = None
+        if text_keys is not None:
+            stored_keys = self._text_keys.append(self._encode_text_keys(text_keys, len(snippets)))
         metadata_part = len(snippets) if metadata is None else _as_table(metadata, len(snippets))
         metadata_parts = (*self._metadata_parts, metadata_part)
         _joint_schema(metadata_parts)
@@ -695,8 +807,18 @@ class GMemMemoryBank:
             _storage=self._storage.append(stored),
             _labels=labels,
             _metadata_parts=metadata_parts,
+            _text_keys=stored_keys,
             normalized=self.normalized and has_unit_length,
         )
+
+    def _encode_text_keys(self, text_keys: torch.Tensor, count: int) -> SnippetStorage:
+        if isinstance(text_keys, torch.Tensor) and text_keys.ndim == 1:
+            text_keys = text_keys[None]
+        text_keys = _checked("text_keys", text_keys, ("n", "K"), (*_FLOAT_DTYPES, torch.float64))
+        shape = (count, self._text_model["dim"])
+        if text_keys.shape != shape:
+            raise ValueError(f"`text_keys` has to be of shape {shape}, but is of shape {tuple(text_keys.shape)}.")
+        return encode_pieces(self._text_keys.codec, [text_keys], shape)[0]
 
     def without(
         self,
@@ -705,7 +827,7 @@ class GMemMemoryBank:
     ) -> "GMemMemoryBank":
         """
         A bank with fewer rows, in the old order. What is removed is in none of the files that the new bank is saved in:
-        neither rows, labels and metadata, nor the names of labels that no row carries any more.
+        neither rows, labels, metadata and text keys, nor the names of labels that no row carries any more.
 
         Args:
             indices (`int`, `list[int]` or `torch.Tensor`, *optional*): Rows, as in `bank[indices]`.
@@ -744,12 +866,12 @@ class GMemMemoryBank:
 
         Raises:
             `TypeError`: `other` is not a bank.
-            `ValueError`: the two differ in dimension, encoder, its revision or preprocessing, only one has labels, or they
-                give one label two names.
+            `ValueError`: the two differ in dimension, encoder, its revision or preprocessing, or the model of their text
+                keys, only one has labels or text keys, or they give one label two names.
         """
         if not isinstance(other, GMemMemoryBank):
             raise TypeError(f"`other` has to be a {CLASS_NAME}, but is {type(other)}.")
-        for name in ("dim", "encoder", "encoder_revision", "preprocessing"):
+        for name in ("dim", "encoder", "encoder_revision", "preprocessing", "text_model"):
             if getattr(self, name) != getattr(other, name):
                 raise ValueError(
                     f"`other` has the {name} {getattr(other, name)!r}, but this bank has {getattr(self, name)!r}."
@@ -770,6 +892,13 @@ class GMemMemoryBank:
             stored, loss = encode_pieces(self._storage.codec, stored.decoded_pieces(), other.shape)
             metadata_parts = self._metadata_parts + other._joined_metadata()
             self._log_loss(len(other), loss)
+        text_keys = self._text_keys
+        if text_keys is not None:
+            other_keys = other._text_keys
+            if not text_keys.codec.is_same(other_keys.codec):
+                shape = (len(other), other_keys.dim)
+                other_keys, _ = encode_pieces(text_keys.codec, other_keys.decoded_pieces(), shape)
+            text_keys = text_keys.append(other_keys)
         return self._edited(
             {"edit": "merge", "added": len(other), **loss},
             (self, other),
@@ -777,6 +906,7 @@ class GMemMemoryBank:
             _labels=None if self._labels is None else torch.cat([self._labels, other._labels]),
             _metadata_parts=metadata_parts,
             _id2label=id2label or None,
+            _text_keys=text_keys,
             source_dataset=", ".join(dict.fromkeys(filter(None, (self.source_dataset, other.source_dataset)))) or None,
             normalized=self.normalized and other.normalized,
         )
@@ -826,7 +956,14 @@ class GMemMemoryBank:
             labels = labels[rows]
             gone = set(self._labels.unique().tolist()) - set(labels.unique().tolist())
             id2label = id2label and {i: name for i, name in id2label.items() if i not in gone}
-        return self._edited(record, (self,), _storage=self._storage.select(rows), _labels=labels, _id2label=id2label)
+        return self._edited(
+            record,
+            (self,),
+            _storage=self._storage.select(rows),
+            _labels=labels,
+            _id2label=id2label,
+            _text_keys=self._text_keys and self._text_keys.select(rows),
+        )
 
     def _edited(self, record: dict[str, Any], parents: tuple["GMemMemoryBank", ...], **changes) -> "GMemMemoryBank":
         bank = type(self).__new__(type(self))
@@ -857,7 +994,7 @@ class GMemMemoryBank:
     def save_pretrained(self, save_directory: str | os.PathLike, max_shard_size: int | str = "1GB") -> None:
         """
         Writes the bank into a folder: `config.json`, the rows in safetensors shards, and, where the bank has them, the
-        labels in a safetensors file and `metadata.parquet`.
+        labels in a safetensors file, `metadata.parquet`, and the text keys in as many shards as the rows.
 
         A folder holds one bank. Saving over another one leaves, whatever the moment of a kill or a full disk, the old
         bank whole or the new one whole: the new files lie beside the old ones until renaming `config.json`, which
@@ -866,7 +1003,7 @@ class GMemMemoryBank:
         Args:
             save_directory (`str` or `os.PathLike`): The folder; made where it does not exist.
             max_shard_size (`int` or `str`, defaults to `"1GB"`):
-                The most bytes of rows in one shard, as a number or like `"500MB"`. A shard holds at least one row.
+                The most bytes of rows, or of text keys, in one shard, as a number or like `"500MB"`. A shard holds at least one row.
 
         Raises:
             `ValueError`: `max_shard_size` is not a size, or the folder has a `config.json` that is not a memory bank's.
@@ -912,9 +1049,10 @@ class GMemMemoryBank:
             return entry._asdict()
 
         count, storage = len(self), self._storage
-        rows_per_shard = max(1, max_bytes // storage.row_bytes)
+        row_bytes = max(part.row_bytes for part in (storage, self._text_keys) if part is not None)
+        rows_per_shard = max(1, max_bytes // row_bytes)
         num_shards = -(-count // rows_per_shard)
-        files = Manifest([])._asdict()
+        files = Manifest([], text_keys=[])._asdict()
         for k in logging.tqdm(range(num_shards), desc=f"Saving {folder}", disable=num_shards == 1):
             start, stop = count * k // num_shards, count * (k + 1) // num_shards
             shard = storage.stored_range(start, stop)
@@ -922,8 +1060,12 @@ class GMemMemoryBank:
             if shard.scales is not None:
                 tensors["scales"] = shard.scales
             # One entry only: safetensors writes several in random order, and equal banks would get unequal files.
-            save_file(tensors, temporary, metadata={"shard": f"{k + 1} of {num_shards}"})
+            header = {"shard": f"{k + 1} of {num_shards}"}
+            save_file(tensors, temporary, metadata=header)
             files["snippets"].append(finish(f"{k + 1:05d}-of-{num_shards:05d}", stop - start))
+            if self._text_keys is not None:
+                save_file({"text_keys": self._text_keys.stored_range(start, stop).codes}, temporary, metadata=header)
+                files["text_keys"].append(finish(f"text_keys-{k + 1:05d}-of-{num_shards:05d}", stop - start))
         if self.rank is not None:
             save_file({"basis": storage.codec.basis, "mean": storage.codec.mean}, temporary)
             files["basis"] = finish("basis", self.dim)
@@ -951,6 +1093,7 @@ class GMemMemoryBank:
             "normalized": self.normalized,
             "source_dataset": self.source_dataset,
             "id2label": self._id2label,
+            "text_model": self._text_keys and {**self._text_model, "dtype": dtype_name(self._text_keys.codec.dtype)},
             "files": files,
         }
         config_path = folder / TEMPORARY_CONFIG
@@ -1045,10 +1188,14 @@ class GMemMemoryBank:
             check_size(metadata_path(folder, manifest.metadata), manifest.metadata)
             metadata = _MetadataFile(folder, manifest.metadata)
         # A shard that is not opened is a block without contents, so that the rows keep their numbers
-        blocks = []
+        blocks, key_blocks, text_model = [], [], config["text_model"]
         for entry in manifest.snippets:
             codes = torch.empty(entry.rows, rank or dim, dtype=dtype, device="meta")
             blocks.append(StoredRows(codes, torch.empty(entry.rows, device="meta") if dtype == torch.int8 else None))
+        if text_model is not None:
+            key_dtype, key_dim = STORED_DTYPES[text_model.pop("dtype")], text_model["dim"]
+            for entry in manifest.text_keys:
+                key_blocks.append(StoredRows(torch.empty(entry.rows, key_dim, dtype=key_dtype, device="meta")))
 
         bank = cls.__new__(cls)
         bank._set(
@@ -1056,6 +1203,8 @@ class GMemMemoryBank:
             _labels=labels,
             _metadata_parts=(metadata,),
             _id2label=config["id2label"],
+            _text_keys=None,
+            _text_model=text_model,
             encoder=config["encoder"],
             encoder_revision=config["encoder_revision"],
             _preprocessing=config["preprocessing"],
@@ -1072,15 +1221,21 @@ class GMemMemoryBank:
             stops = torch.tensor([entry.rows for entry in manifest.snippets]).cumsum(0)
             opened = torch.bucketize(rows, stops, right=True).unique().tolist()
 
-        fetch(manifest.snippets[k] for k in opened)
+        fetch(entry for k in opened for entry in (manifest.snippets[k], *manifest.text_keys[k : k + 1]))
         for k in opened:
+            shard = f"{k + 1} of {len(blocks)}"
             entry, name = manifest.snippets[k], "snippets" if rank is None else "coefficients"
             expected = {name: (dtype, (entry.rows, rank or dim))}
             if dtype == torch.int8:
                 expected["scales"] = (torch.float32, (entry.rows,))
-            tensors = open_tensors(folder / entry.file, entry, expected, f"{k + 1} of {len(blocks)}")
+            tensors = open_tensors(folder / entry.file, entry, expected, shard)
             blocks[k] = StoredRows(tensors[name], tensors.get("scales"))
+            if text_model is not None:
+                entry, expected = manifest.text_keys[k], {"text_keys": (key_dtype, (entry.rows, key_dim))}
+                key_blocks[k] = StoredRows(open_tensors(folder / entry.file, entry, expected, shard)["text_keys"])
         bank._set(_storage=SnippetStorage(codec, tuple(blocks)))
+        if text_model is not None:
+            bank._set(_text_keys=SnippetStorage(SnippetCodec(key_dtype), tuple(key_blocks)))
         return bank if rows is None else bank.select(rows)
 
     def verify(self) -> None:
@@ -1104,9 +1259,11 @@ class GMemMemoryBank:
                 if parent._folder is not None:
                     parent.verify()
             return
+        shards = list(zip(self._manifest.snippets, self._storage.blocks, strict=True))
+        if self._manifest.text_keys:
+            shards += zip(self._manifest.text_keys, self._text_keys.blocks, strict=True)
         start = 0
-        shards = zip(self._manifest.snippets, self._storage.blocks, strict=True)
-        for entry, block in logging.tqdm(shards, total=len(self._storage.blocks), desc=f"Verifying {self._folder}"):
+        for entry, block in logging.tqdm(shards, desc=f"Verifying {self._folder}"):
             if not block.codes.is_meta:
                 path = self._folder / entry.file
                 check_size(path, entry)  # first: reading a mapping beyond the end of its file kills the process
@@ -1114,7 +1271,7 @@ class GMemMemoryBank:
                 if bad_row is not None:
                     raise ValueError(f"{path} is not finite: row {start + bad_row} of the bank holds NaN or infinity.")
                 check_sha256(path, entry)
-            start += entry.rows
+            start = (start + entry.rows) % len(self)  # the text keys start anew
         for entry in (self._manifest.basis, self._manifest.labels):
             if entry is not None:
                 check_size(self._folder / entry.file, entry)

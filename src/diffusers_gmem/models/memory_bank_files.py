@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 # Everything that a save writes, `config.json` and `metadata.parquet` apart. The eight digits are the start of the file's
 # SHA-256, so that a file never takes the name of another with other content.
 _OWN_FILE = re.compile(
-    r"memory_bank-((\d+-of-\d+|basis|labels)-[0-9a-f]{8}\.safetensors|metadata-[0-9a-f]{8}\.parquet|(file|config)\.tmp)"
+    r"memory_bank-(((text_keys-)?\d+-of-\d+|basis|labels)-[0-9a-f]{8}\.safetensors|metadata-[0-9a-f]{8}\.parquet|(file|config)\.tmp)"
 )
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -46,9 +46,11 @@ class Manifest(NamedTuple):
     basis: BankFile | None = None
     labels: BankFile | None = None
     metadata: BankFile | None = None
+    text_keys: tuple[BankFile, ...] = ()
 
     def beside_metadata(self) -> list[BankFile]:
-        return [*self.snippets, *(entry for entry in (self.basis, self.labels) if entry is not None)]
+        singles = (entry for entry in (self.basis, self.labels) if entry is not None)
+        return [*self.snippets, *self.text_keys, *singles]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -149,9 +151,20 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Manifest]:
 
         files = config["files"]
         single = {name: files[name] and BankFile(**files[name]) for name in ("basis", "labels", "metadata")}
-        manifest = Manifest([BankFile(**entry) for entry in files["snippets"]], **single)
+        text_keys = tuple(BankFile(**entry) for entry in files.get("text_keys", ()))
+        manifest = Manifest([BankFile(**entry) for entry in files["snippets"]], **single, text_keys=text_keys)
         if (manifest.basis is None) != (rank is None):
             raise ValueError(f"`rank` is {rank}, but the file of the basis is {files['basis']}")
+        text_model = config.setdefault("text_model", None)
+        if (text_model is None) != (not text_keys):
+            raise ValueError(f"`text_model` is {text_model}, but the text keys have {len(text_keys)} files")
+        if text_model is not None:
+            if text_model["dtype"] not in STORED_DTYPES or text_model["dim"] < 1:
+                raise ValueError(f"`text_model` is {text_model}, whose dtype or dim is not one of text keys")
+            for name in ("name", "revision", "type"):
+                text_model[name]
+            if [entry.rows for entry in text_keys] != [entry.rows for entry in manifest.snippets]:
+                raise ValueError("the shards of the text keys do not have as many rows as those of the snippets")
         for entry in manifest.beside_metadata():
             if not _OWN_FILE.fullmatch(entry.file):
                 raise ValueError(f"{entry.file!r} is not a file name of a memory bank")

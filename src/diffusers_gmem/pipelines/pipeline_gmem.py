@@ -103,6 +103,11 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             pipeline puts it in eval mode.
         image_processor (`transformers` image processor, *optional*):
             Makes the `pixel_values` that `image_encoder` reads.
+        text_encoder (`torch.nn.Module`, *optional*):
+            Text half of the CLIP or SigLIP model that made the bank's text keys (`CLIPTextModelWithProjection`,
+            `SiglipTextModel`), for `prompt`. The pipeline puts it in eval mode.
+        tokenizer (`transformers` tokenizer, *optional*):
+            That of `text_encoder`.
         guider ([`BaseGuidance`], *optional*):
             Guidance other than `guidance_scale`, for every call: see `guider` there.
         memory_bank_source (`dict`, *optional*):
@@ -110,9 +115,17 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             `fingerprint`, and what is known of the bank of the training (`trained_with`). Written by `save_pretrained`.
     """
 
-    _optional_components = ["vae", "memory_bank", "image_encoder", "image_processor", "guider"]
+    _optional_components = [
+        "vae",
+        "memory_bank",
+        "image_encoder",
+        "image_processor",
+        "text_encoder",
+        "tokenizer",
+        "guider",
+    ]
     _callback_tensor_inputs = ["latents", "memory"]
-    model_cpu_offload_seq = "image_encoder->transformer->vae"
+    model_cpu_offload_seq = "text_encoder->image_encoder->transformer->vae"
 
     _hub_repo: HubRepo | None = None  # where `from_pretrained` found the pipeline
     _checked_memory_bank: GMemMemoryBank | None = None
@@ -126,6 +139,8 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         memory_bank: GMemMemoryBank | None = None,
         image_encoder: GMemImageEncoder | torch.nn.Module | None = None,
         image_processor=None,
+        text_encoder: torch.nn.Module | None = None,
+        tokenizer=None,
         guider: BaseGuidance | None = None,
         memory_bank_source: dict | None = None,
     ):
@@ -137,6 +152,8 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             memory_bank=None,
             image_encoder=image_encoder,
             image_processor=image_processor,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
             guider=guider,
         )
         self.register_to_config(memory_bank_source=memory_bank_source)
@@ -145,7 +162,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         self.vae_scale_factor = 1 if vae is None else spatial_compression_ratio(vae)
         self.vae_image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         # A model that was built, not loaded, is in train mode, in which dropout would act
-        for model in (transformer, image_encoder):
+        for model in (transformer, image_encoder, text_encoder):
             if model is not None:
                 model.eval()
 
@@ -285,7 +302,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             memory_bank_source (`dict`, *optional*):
                 `{"subfolder": "bank"}` writes the bank; `{"repo_id": ..., "revision": ...}` points to the data set
                 repository on the Hub, and the commit or tag there, that hold it. By default the bank is written, unless
-                the pipeline was loaded with a pointer to it, which then stays.
+                the pipeline was loaded with a pointer to it, which then stays (unless text keys were added since).
             kwargs: those of [`DiffusionPipeline.save_pretrained`].
 
         Raises:
@@ -293,8 +310,10 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         """
         source = self.config.memory_bank_source
         bank = self.memory_bank
-        is_pointer = source is not None and "repo_id" in source
-        if memory_bank_source is None and is_pointer and (bank is None or bank.fingerprint == source["fingerprint"]):
+        keeps_pointer = memory_bank_source is None and source is not None and "repo_id" in source
+        if keeps_pointer and bank is not None:
+            keeps_pointer = bank.fingerprint == source["fingerprint"] and not bank.has_new_text_keys
+        if keeps_pointer:
             saved_source = source
         else:
             bank = self.load_memory_bank()
@@ -381,6 +400,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         memory_indices,
         class_labels,
         image,
+        prompt,
         num_images,
         num_images_per_memory,
         num_inference_steps,
@@ -418,11 +438,12 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             "memory_indices": memory_indices,
             "class_labels": class_labels,
             "image": image,
+            "prompt": prompt,
         }
         given = [name for name, value in sources.items() if value is not None]
         if len(given) > 1:
             raise ValueError(
-                f"Only one of `memory`, `memory_indices`, `class_labels` and `image` can say what to generate, got "
+                f"Only one of `memory`, `memory_indices`, `class_labels`, `image` and `prompt` can say what to generate, got "
                 f"{' and '.join(f'`{name}`' for name in given)}."
             )
         for name, value in {
@@ -432,9 +453,9 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         }.items():
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
-        if given and num_images != 1:
+        if given and prompt is None and num_images != 1:
             raise ValueError(
-                f"`num_images` is the number of draws from the bank and does not go with `{given[0]}` "
+                f"`num_images` is the number of draws from the bank or of matches of a prompt and does not go with `{given[0]}` "
                 f"(got {num_images}); for several images of each snippet use `num_images_per_memory`."
             )
         if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
@@ -490,6 +511,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         memory_indices: int | Sequence[int] | np.ndarray | torch.Tensor | None,
         class_labels: int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None,
         image,
+        prompt: str | Sequence[str] | None,
         num_images: int,
         num_images_per_memory: int,
         generator: torch.Generator | list[torch.Generator] | None,
@@ -514,6 +536,8 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
                 wrong = [index for index in indices if not 0 <= index < len(bank)]
                 if wrong:
                     raise ValueError(f"`memory_indices` must be in 0..{len(bank) - 1} for this bank, got {wrong}.")
+            elif prompt is not None:
+                indices = self._find_indices(bank, _as_list("prompt", prompt, str), num_images)
             else:
                 if class_labels is None:
                     wanted = [None] * num_images
@@ -536,6 +560,18 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         if indices is not None:
             indices = [index for index in indices for _ in range(num_images_per_memory)]
         return memory, indices
+
+    def _find_indices(self, bank: GMemMemoryBank, prompts: list[str], num_images: int) -> list[int]:
+        """The rows of the bank that match best, `num_images` for each prompt."""
+        if bank.text_model is not None and (self.text_encoder is None or self.tokenizer is None):
+            raise ValueError(
+                "`prompt` needs a pipeline with a `text_encoder` and a `tokenizer`; this one has none. Pass those of "
+                f"{bank.text_model['name'] or 'the model that made the text keys'} to `from_pretrained`: of CLIP a "
+                "CLIPTextModelWithProjection, of SigLIP a SiglipTextModel."
+            )
+        if num_images > len(bank):
+            raise ValueError(f"`num_images` must be at most {len(bank)}, the snippets of the bank, got {num_images}.")
+        return bank.search_text(prompts, num_images, self.text_encoder, self.tokenizer)[1].flatten().tolist()
 
     def _draw_indices(
         self,
@@ -645,6 +681,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         memory_indices: int | Sequence[int] | np.ndarray | torch.Tensor | None = None,
         class_labels: int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None = None,
         image: PIL.Image.Image | np.ndarray | torch.Tensor | list | None = None,
+        prompt: str | Sequence[str] | None = None,
         num_images: int = 1,
         num_images_per_memory: int = 1,
         num_inference_steps: int = 50,
@@ -672,8 +709,12 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
                 One row of the bank is drawn for each label (a number, or a name of the bank's `id2label`).
             image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
                 Images, whose snippets the image encoder makes (see `encode_image`).
+            prompt (`str` or `list[str]`, *optional*):
+                What the images are to show. Of each prompt the `num_images` snippets are taken whose text keys match it
+                best ([`GMemMemoryBank.search_text`]), the best first; nothing else of the prompt reaches the network.
             num_images (`int`, defaults to 1):
-                Number of snippets drawn from the bank, uniformly and with replacement, when none of the above is given.
+                Number of snippets: for each prompt, the different ones that match it best; when none of the above is given,
+                drawn from the bank, uniformly and with replacement.
             num_images_per_memory (`int`, defaults to 1):
                 Images of each snippet.
             num_inference_steps (`int`, defaults to 50):
@@ -715,8 +756,8 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             [`GMemPipelineOutput`] or `tuple`.
 
         Raises:
-            ValueError: for any argument outside what is said above, and where a bank or an image encoder is needed
-                and the pipeline has none.
+            ValueError: for any argument outside what is said above, and where a bank, its text keys, an image encoder or
+                a text encoder is needed and the pipeline has none.
         """
         # 1. Check inputs
         guider = self.guider if guider is None else guider
@@ -725,6 +766,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             memory_indices,
             class_labels,
             image,
+            prompt,
             num_images,
             num_images_per_memory,
             num_inference_steps,
@@ -743,7 +785,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
 
         # 2. Snippets
         memory, memory_indices = self.prepare_memory(
-            memory, memory_indices, class_labels, image, num_images, num_images_per_memory, generator, device
+            memory, memory_indices, class_labels, image, prompt, num_images, num_images_per_memory, generator, device
         )
         batch_size = memory.shape[0]
         if negative_memory is None:
@@ -866,7 +908,7 @@ def _as_list(name: str, values, accepted: type) -> list:
     items = values.tolist() if isinstance(values, (torch.Tensor, np.ndarray)) else values
     items = items if isinstance(items, Sequence) and not isinstance(items, str) else [items]
     if len(items) == 0 or not all(isinstance(item, accepted) and not isinstance(item, bool) for item in items):
-        what = "an integer" if accepted is Integral else "an integer, a name"
+        what = {Integral: "an integer", str: "a text"}.get(accepted, "an integer, a name")
         raise ValueError(f"`{name}` must be {what} or a sequence of at least one of them, got {values!r}.")
     return [item if isinstance(item, str) else int(item) for item in items]
 
