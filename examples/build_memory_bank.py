@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> None:
     with accelerator.main_process_first():
         images = open_images(args)
         encoder, processor = open_image_encoder(args)
-    encoder.to(accelerator.device)
+    encoder.to(accelerator.device, DTYPES[args.model_dtype])
     provenance = {
         "encoder": name_or_absolute_path(args.image_encoder),
         "encoder_revision": args.image_encoder_revision,

@@ -128,7 +128,7 @@ def main(args: argparse.Namespace) -> None:
         autoencoder = load_autoencoder(
             args.vae, args.vae_subfolder, args.vae_revision, args.cache_dir, DTYPES[args.model_dtype]
         )
-    encoder.to(accelerator.device)
+    encoder.to(accelerator.device, DTYPES[args.model_dtype])
     autoencoder.to(accelerator.device)
 
     provenance = {

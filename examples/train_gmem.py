@@ -2,13 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""
-Trains a GMem on a folder of images, or a `datasets` data set, and saves a complete pipeline.
+Trains a GMem on images, or on what `cache_latents.py` made of them, and saves a complete pipeline.
 
     accelerate launch examples/train_gmem.py --train_data_dir my_images --resolution 256 \
         --image_encoder facebook/dinov2-base --vae stabilityai/sd-vae-ft-ema \
         --model_config examples/configs/lightningdit_b2.json --mixed_precision bf16 --output_dir gmem-mine
 
-On a CPU, in pixel space: see the `quickstart` target of the Makefile.
+On a CPU, in pixel space: see the `quickstart` target of the Makefile. From a million images on, encode them first; the
+cache names its autoencoder, image encoder and memory bank:
+
+    accelerate launch examples/cache_latents.py --train_data_dir my_images --resolution 256 --alignment \
+        --image_encoder facebook/dinov2-base --vae stabilityai/sd-vae-ft-ema --output_dir my_latents
+    accelerate launch examples/train_gmem.py --latents_dir my_latents --alignment cached --random_flip \
+        --model_config examples/configs/lightningdit_xl2.json --train_batch_size 128 --mixed_precision bf16 \
+        --torch_compile --dataloader_num_workers 4 --output_dir gmem-mine
 
 With `--pretrained_model_name_or_path` a trained pipeline is adapted to the images; with `--use_lora`, by LoRA layers that
 `pipe.load_lora_weights(output_dir)` adds to it:
@@ -16,8 +23,8 @@ With `--pretrained_model_name_or_path` a trained pipeline is adapted to the imag
     accelerate launch examples/train_gmem.py --pretrained_model_name_or_path gmem-mine --use_lora --rank 16 \
         --train_data_dir my_style --resolution 256 --max_train_steps 1000 --mixed_precision bf16 --output_dir my-lora
 
-The images are encoded once into a memory bank (`output_dir/bank`). Every image then trains with its own snippet as the
-condition, with the loss of the paper (arXiv 2412.08781). The same command with `--resume_from_checkpoint latest` goes on
+Without a cache, the images' snippets are computed first and make the memory bank (`output_dir/bank`). Every image trains
+with its own snippet as the condition, with the loss of the paper (arXiv 2412.08781). The same command with `--resume_from_checkpoint latest` goes on
 from the last checkpoint. At the end, `GMemPipeline.from_pretrained(output_dir)` loads the result (that of `--use_lora`
 apart).
 
@@ -45,7 +52,6 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
-from diffusers import AutoencoderKL
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import EMAModel, cast_training_params
 from diffusers.utils import make_image_grid
@@ -60,10 +66,31 @@ from diffusers_gmem import (
     GMemPipeline,
     GMemTransformer2DModel,
 )
-from diffusers_gmem.data import ImageSource, center_crop, compute_snippets, load_image_encoder
+from diffusers_gmem.data import (
+    ImageSource,
+    LatentCache,
+    center_crop,
+    compute_patch_features,
+    compute_snippets,
+    encode_images,
+    load_autoencoder,
+    resize_patch_features,
+)
+from diffusers_gmem.data.arguments import add_image_arguments, name_or_absolute_path, open_image_encoder
+from diffusers_gmem.data.shards import SKIPPED_NAME, write_text
 from diffusers_gmem.hub import HubRepo
-from diffusers_gmem.models.latent_normalization import normalize_latents
-from diffusers_gmem.training import GMemTrainingDataset, TrainingBatchSampler, flow_matching_loss
+from diffusers_gmem.models.latent_normalization import (
+    decode_latents,
+    normalization_config,
+    normalize_latents,
+    spatial_compression_ratio,
+)
+from diffusers_gmem.training import (
+    GMemLatentTrainingDataset,
+    GMemTrainingDataset,
+    TrainingBatchSampler,
+    flow_matching_loss,
+)
 from diffusers_gmem.training.checkpoints import (
     checkpoint_step,
     latest_checkpoint,
@@ -82,6 +109,16 @@ EMA_FOLDER = "transformer_ema"
 DEFAULT_IMAGE_ENCODER = "facebook/dinov2-base"
 # Arguments that may differ between a run and its continuation without a word, or are nobody's business
 ARGUMENTS_OF_A_START = ("resume_from_checkpoint", "output_dir", "cache_dir", "hub_token")
+DEFAULT_RESOLUTION = 256
+# How images become latents and snippets
+ENCODING_ARGUMENTS = (
+    "image_encoder",
+    "image_encoder_revision",
+    "image_preprocessing",
+    "snippet_dim",
+    "vae",
+    "vae_revision",
+)
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 LORA_CARD = """---
 {{ card_data }}
@@ -120,24 +157,36 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
-    data = parser.add_argument_group("data")
-    data.add_argument("--train_data_dir", type=str, help="Folder of images, with or without a sub-folder per class.")
-    data.add_argument("--dataset_name", type=str, help="Data set on the Hub or on disk, for `datasets.load_dataset`.")
-    data.add_argument("--dataset_config_name", type=str, help="Configuration of the data set.")
-    data.add_argument("--split", type=str, default="train", help="Split of the data set.")
-    data.add_argument("--image_column", type=str, default="image", help="Column of the images.")
+    add_image_arguments(parser)
+    data = parser.add_argument_group("training data")
+    data.add_argument("--latents_dir", type=str, help="Folder that `cache_latents.py` wrote, instead of images.")
     data.add_argument(
-        "--label_column", type=str, default="label", help="Column of the class labels, if there are any."
+        "--latents_block_size",
+        type=int,
+        default=16,
+        help="Cached samples are drawn in blocks of so many neighbours, which are read fastest. They have nothing in "
+        "common: the cache is in random order.",
     )
-    data.add_argument("--cache_dir", type=str, help="Where `datasets` and the encoders keep their files.")
-    data.add_argument("--resolution", type=int, default=256, help="Side of the square training images, in pixels.")
+    data.add_argument(
+        "--resolution",
+        type=int,
+        help=f"Side of the square training images, in pixels. Default: {DEFAULT_RESOLUTION}, or that of the cache.",
+    )
     data.add_argument(
         "--random_flip", action="store_true", help="Mirror half of the images, snippet and picture together."
     )
     data.add_argument(
+        "--independent_flips",
+        action="store_true",
+        help="With --random_flip: draw separately for latents, snippet and cached alignment features, as the public "
+        "reference does.",
+    )
+    data.add_argument(
         "--cache_images", action="store_true", help="Keep the cropped images in memory: for data that fits."
     )
-    data.add_argument("--dataloader_num_workers", type=int, default=0, help="Processes that read images.")
+    data.add_argument(
+        "--dataloader_num_workers", type=int, default=0, help="Processes that read training data, per device."
+    )
 
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -153,6 +202,13 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         f"'efficientnet-lite0', which needs no download. Default, without a pretrained model: {DEFAULT_IMAGE_ENCODER}.",
     )
     model.add_argument("--image_encoder_revision", type=str, help="Its revision.")
+    model.add_argument(
+        "--image_preprocessing",
+        type=str,
+        choices=["paper", "own"],
+        help="paper: center crop at --resolution, then bicubic to 7/8 of it (256 -> 224). own: the image processor that "
+        "comes with the encoder. Default: paper for DINOv2 at a resolution of at least 256, else own.",
+    )
     model.add_argument(
         "--snippet_dim",
         type=int,
@@ -173,7 +229,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         help="With --snippet_dim: 0 keeps the variances of the components, 1 makes them equal.",
     )
     model.add_argument(
-        "--vae", type=str, help="AutoencoderKL by name or folder. Without one, the model works on pixels."
+        "--vae",
+        type=str,
+        help="Autoencoder of diffusers for images, by name or folder. Without one, the model works on pixels.",
     )
     model.add_argument("--vae_revision", type=str, help="Its revision.")
     model.add_argument(
@@ -241,8 +299,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--alignment",
         type=str,
         default="none",
-        choices=["none", "online"],
-        help="online: the tokens after block `alignment_layer` predict the encoder's patch features (REPA).",
+        choices=["none", "online", "cached"],
+        help="The tokens after block `alignment_layer` predict the encoder's patch features (REPA): computed online, or "
+        "those of the cache.",
     )
     objective.add_argument("--alignment_weight", type=float, default=0.5, help="Weight of the alignment term.")
     objective.add_argument("--timestep_mean", type=float, default=0.0, help="Mean of the logit-normal times.")
@@ -295,10 +354,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
 
     args = parser.parse_args(input_args)
-    if (args.train_data_dir is None) == (args.dataset_name is None):
-        parser.error("give either --train_data_dir or --dataset_name.")
+    check_data_arguments(parser, args)
     if args.pretrained_model_name_or_path is not None:
-        for name in ("image_encoder", "image_encoder_revision", "snippet_dim", "vae", "vae_revision", "model_config"):
+        for name in (*ENCODING_ARGUMENTS, "model_config"):
             if getattr(args, name) is not None:
                 parser.error(f"--{name} does not go with --pretrained_model_name_or_path, which brings its own.")
         if Path(args.pretrained_model_name_or_path).resolve() == Path(args.output_dir).resolve():
@@ -312,6 +370,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} needs --push_to_hub.")
     for name in (
         "resolution",
+        "latents_block_size",
         "train_batch_size",
         "gradient_accumulation_steps",
         "num_train_epochs",
@@ -333,6 +392,81 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         if not 0.0 <= getattr(args, name) <= 1.0:
             parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}.")
     return args
+
+
+def check_data_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    sources = ("train_data_dir", "dataset_name", "webdataset", "latents_dir")
+    if sum(getattr(args, name) is not None for name in sources) != 1:
+        parser.error("give one of --train_data_dir, --dataset_name, --webdataset and --latents_dir.")
+    if args.independent_flips and not args.random_flip:
+        parser.error("--independent_flips needs --random_flip.")
+    if args.latents_dir is None:
+        args.resolution = DEFAULT_RESOLUTION if args.resolution is None else args.resolution
+        if args.streaming:
+            parser.error(
+                "--streaming: training takes images by number, which a stream does not have. Encode the stream with "
+                "examples/cache_latents.py, and train with --latents_dir."
+            )
+        if args.alignment == "cached":
+            parser.error("--alignment cached needs --latents_dir.")
+        return
+    for name in (*ENCODING_ARGUMENTS, "resolution"):
+        if getattr(args, name) is not None:
+            parser.error(f"--{name} does not go with --latents_dir: the cache says what it was made with.")
+    for name in ("streaming", "skip_bad_images", "cache_images"):
+        if getattr(args, name):
+            parser.error(f"--{name} does not go with --latents_dir, which holds no images.")
+    if args.alignment == "online":
+        parser.error("--alignment online does not go with --latents_dir, which holds no images: use cached.")
+
+
+def open_images(args: argparse.Namespace, accelerator: Accelerator) -> ImageSource:
+    """The images that the arguments name; with --skip_bad_images, those that can be read."""
+    names = ("train_data_dir", "dataset_name", "dataset_config_name", "split", "image_column", "label_column")
+    with accelerator.main_process_first():  # who brings the data set into its cache
+        source = ImageSource(**{name: getattr(args, name) for name in (*names, "cache_dir", "webdataset")})
+    if not args.skip_bad_images:
+        return source
+    broken = [source.find_broken() if accelerator.is_main_process else None]
+    broken = broadcast_object_list(broken)[0]
+    if broken and accelerator.is_main_process:
+        path = Path(args.output_dir, SKIPPED_NAME)
+        write_text(path, "".join(message.replace("\n", " ") + "\n" for message in broken.values()))
+        logger.warning(f"{len(broken)} images could not be read and are left out: {path}")
+    return source.select([index for index in range(len(source)) if index not in broken])
+
+
+def open_latent_cache(args: argparse.Namespace, pretrained: GMemPipeline | None) -> LatentCache:
+    """
+    The cache.
+
+    Raises:
+        ValueError: if the pretrained pipeline is of another autoencoder or image encoder.
+    """
+    cache = LatentCache.from_pretrained(args.latents_dir)
+    if pretrained is None:
+        return cache
+    where = f"The latent cache in {args.latents_dir} does not fit {args.pretrained_model_name_or_path}"
+    bank, trained_with = cache.load_memory_bank(), (pretrained.config.memory_bank_source or {}).get("trained_with", {})
+    for name in ("encoder", "preprocessing", "dim"):
+        value, expected = getattr(bank, name), trained_with.get(name)
+        if expected is not None and value != expected:
+            raise ValueError(f"{where}: the `{name}` of its snippets is {value!r}, but {expected!r} in the pipeline.")
+    if not have_same_weights(cache.load_autoencoder(args.cache_dir), pretrained.vae):
+        raise ValueError(f"{where}: {cache.config['autoencoder']['name_or_path']} is not the pipeline's autoencoder.")
+    return cache
+
+
+def have_same_weights(model: torch.nn.Module, other: torch.nn.Module | None) -> bool:
+    """Whether two models are the same, up to the rounding of weights that were saved in half precision."""
+    if type(model) is not type(other):
+        return False
+    state_dict, other_state_dict = model.state_dict(), other.state_dict()
+    return state_dict.keys() == other_state_dict.keys() and all(
+        tensor.shape == other_state_dict[name].shape
+        and torch.allclose(tensor, other_state_dict[name], rtol=2**-7, atol=1e-6)
+        for name, tensor in state_dict.items()
+    )
 
 
 def prepare_encoder_and_banks(
@@ -358,10 +492,11 @@ def prepare_encoder_and_banks(
             encoder_record = {"encoder": known.encoder, "encoder_revision": known.encoder_revision}
             preprocessing = known.preprocessing
     else:
-        encoder, processor = load_image_encoder(
-            args.image_encoder, revision=args.image_encoder_revision, cache_dir=args.cache_dir
-        )
-        encoder_record = {"encoder": args.image_encoder, "encoder_revision": args.image_encoder_revision}
+        encoder, processor = open_image_encoder(args)
+        encoder_record = {
+            "encoder": name_or_absolute_path(args.image_encoder),
+            "encoder_revision": args.image_encoder_revision,
+        }
         preprocessing = processor.to_dict()
     if args.snippet_dim is not None:
         encoder = GMemImageEncoder.from_backbone(encoder, args.snippet_layers)
@@ -411,15 +546,15 @@ def prepare_encoder_and_banks(
 
 
 def build_transformer(
-    args: argparse.Namespace, latent_shape: tuple[int, int, int], memory_dim: int, alignment_encoder: torch.nn.Module
+    args: argparse.Namespace, latent_shape: tuple[int, int, int], memory_dim: int, alignment_dim: int | None
 ) -> GMemTransformer2DModel:
     """A new transformer."""
     config = json.loads(Path(args.model_config).read_text()) if args.model_config is not None else {}
     config |= {"in_channels": latent_shape[0], "sample_size": latent_shape[1], "memory_dim": memory_dim}
-    if args.alignment == "none":
+    if alignment_dim is None:
         config["alignment_layer"] = None
     else:
-        config["alignment_dim"] = alignment_encoder.config.hidden_size
+        config["alignment_dim"] = alignment_dim
     return GMemTransformer2DModel(**config)
 
 
@@ -503,27 +638,23 @@ def gather_weights(
     return weights if is_main else {}
 
 
-def compute_alignment_features(
-    encoder: torch.nn.Module, processor, images: torch.Tensor, num_tokens: int
-) -> torch.Tensor:
-    """The encoder's patch features of images in [-1, 1], on the transformer's grid: `(batch_size, num_tokens, dim)`."""
-    pictures = list((images * 0.5 + 0.5).clamp(0, 1).cpu().unbind())
-    pixel_values = processor(images=pictures, return_tensors="pt", do_rescale=False).pixel_values
-    features = encoder(pixel_values.to(encoder.device, encoder.dtype)).last_hidden_state.float()
-    # A vision transformer's sequence starts with tokens that stand for no patch
-    side = math.isqrt(features.shape[1])
-    features = features[:, features.shape[1] - side * side :].transpose(1, 2).unflatten(-1, (side, side))
-    grid_size = math.isqrt(num_tokens)
-    if grid_size != side:
-        features = torch.nn.functional.interpolate(features, size=(grid_size, grid_size), mode="bilinear")
-    return features.flatten(2).transpose(1, 2)
+def original_images(
+    args: argparse.Namespace, source: ImageSource | LatentCache, pipeline: GMemPipeline, indices: list[int]
+) -> list[PIL.Image.Image]:
+    """Training images as the transformer learns them; those of a cache are decoded."""
+    if isinstance(source, ImageSource):
+        return [center_crop(source[index], args.resolution) for index in indices]
+    latents = source.read("latents_mean", torch.tensor(indices), torch.zeros(len(indices), dtype=torch.bool))
+    latents = normalize_latents(latents.float().to(pipeline.vae.device), normalization_config(pipeline.vae))
+    return pipeline.vae_image_processor.postprocess(decode_latents(pipeline.vae, latents))
 
 
+@torch.no_grad()
 def log_validation(
     args: argparse.Namespace,
     accelerator: Accelerator,
     pipeline: GMemPipeline,
-    source: ImageSource,
+    source: ImageSource | LatentCache,
     step: int,
 ) -> None:
     """Writes a row of training images above a row generated from their snippets, with fixed memories and noise."""
@@ -534,19 +665,28 @@ def log_validation(
     generated = pipeline(
         memory_indices=indices, generator=generators, num_inference_steps=args.validation_inference_steps
     ).images
-    originals = [center_crop(source[index], args.resolution) for index in indices]
+    originals = original_images(args, source, pipeline, indices)
     grid = make_image_grid(originals + generated, rows=2, cols=num_images)
     folder = Path(args.output_dir, "samples")
     folder.mkdir(exist_ok=True)
     grid.save(folder / f"step-{step:07d}.png")
     logger.info(f"Validation: {folder / f'step-{step:07d}.png'}")
+    log_image(accelerator, "validation", grid, step)
+
+
+def log_image(accelerator: Accelerator, name: str, image: PIL.Image.Image, step: int) -> None:
+    """Shows an image in the trackers that can."""
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.array(grid)[None]}, step=step, dataformats="NHWC")
+            tracker.log_images({name: np.array(image)[None]}, step=step, dataformats="NHWC")
         elif tracker.name == "wandb":
             import wandb
 
-            tracker.log({"validation": wandb.Image(grid)}, step=step)
+            tracker.log({name: wandb.Image(image)}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({name: trackio.Image(image)}, step=step)
 
 
 def save_checkpoint(
@@ -820,17 +960,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     hub = HubPusher(args) if args.push_to_hub and accelerator.is_main_process else None
 
-    # 1. Images, their snippets, and what the transformer sees of them
+    # 1. The training data, their snippets, and what the transformer sees of them
     with accelerator.main_process_first():
-        source = ImageSource(
-            args.train_data_dir,
-            args.dataset_name,
-            args.dataset_config_name,
-            args.split,
-            args.image_column,
-            args.label_column,
-            args.cache_dir,
-        )
         pretrained, vae, scheduler = None, None, GMemFlowMatchScheduler()
         if args.pretrained_model_name_or_path is not None:
             # Weights that stay as they are need no more digits than they are computed with
@@ -846,31 +977,51 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
             )
             vae, scheduler = pretrained.vae, pretrained.scheduler
         elif args.vae is not None:
-            vae = AutoencoderKL.from_pretrained(args.vae, revision=args.vae_revision, cache_dir=args.cache_dir)
-        if vae is not None:
-            vae.requires_grad_(False).to(accelerator.device)
-    encoder, processor, memory_bank, flipped_memory_bank = prepare_encoder_and_banks(
-        args, accelerator, source, pretrained
-    )
-    encoder.to(accelerator.device)
-    alignment_encoder = encoder.backbone if isinstance(encoder, GMemImageEncoder) else encoder
-    if args.alignment == "online" and not hasattr(alignment_encoder.config, "patch_size"):
-        raise ValueError(
-            f"--alignment online needs a vision transformer as the encoder, got {type(alignment_encoder).__name__}."
+            vae = load_autoencoder(args.vae, revision=args.vae_revision, cache_dir=args.cache_dir)
+        if args.latents_dir is not None:
+            source = open_latent_cache(args, pretrained)
+            args.resolution = source.config["resolution"]
+            memory_bank, flipped_memory_bank = source.load_memory_bank(), None
+            if pretrained is None:
+                vae = source.load_autoencoder(args.cache_dir)
+                encoder, processor = source.load_image_encoder(args.cache_dir)
+            else:
+                encoder, processor = pretrained.image_encoder, pretrained.image_processor
+    if args.latents_dir is None:
+        source = open_images(args, accelerator)
+        encoder, processor, memory_bank, flipped_memory_bank = prepare_encoder_and_banks(
+            args, accelerator, source, pretrained
         )
+    for model in (vae, encoder):
+        if model is not None:
+            model.requires_grad_(False).to(accelerator.device)
 
-    latent_shape = (3, args.resolution, args.resolution)
-    if vae is not None:
-        factor = 2 ** (len(vae.config.block_out_channels) - 1)
-        if args.resolution % factor != 0:
-            raise ValueError(f"--resolution must be a multiple of the VAE's factor {factor}, got {args.resolution}.")
-        latent_shape = (vae.config.latent_channels, args.resolution // factor, args.resolution // factor)
+    latent_shape, alignment_dim = (3, args.resolution, args.resolution), None
+    if args.latents_dir is not None:
+        latent_shape = source.shape("latents_mean")
+    elif vae is not None:
+        latents = encode_images(vae, torch.zeros(1, *latent_shape, device=accelerator.device))[0]
+        latent_shape = tuple(latents.shape[1:])
+        if latent_shape[1] * spatial_compression_ratio(vae) != args.resolution:
+            raise ValueError(
+                f"{type(vae).__name__} makes latents of {latent_shape[1]} x {latent_shape[2]} from --resolution "
+                f"{args.resolution}, and of those images of {latent_shape[1] * spatial_compression_ratio(vae)} pixels."
+            )
+    alignment_encoder = encoder.backbone if isinstance(encoder, GMemImageEncoder) else encoder
+    if args.alignment == "online":
+        if not hasattr(alignment_encoder.config, "patch_size"):
+            raise ValueError(
+                f"--alignment online needs a vision transformer as the encoder, got {type(alignment_encoder).__name__}."
+            )
+        alignment_dim = alignment_encoder.config.hidden_size
+    elif args.alignment == "cached":
+        alignment_dim = source.shape("alignment_features")[1]
 
     # 2. Model, optimizer, moving average
     if pretrained is not None:
         transformer = adapt_transformer(args, pretrained.transformer, latent_shape)
     else:
-        transformer = build_transformer(args, latent_shape, memory_bank.dim, alignment_encoder)
+        transformer = build_transformer(args, latent_shape, memory_bank.dim, alignment_dim)
     # What pictures, pipelines and checkpoints are made of: in one piece, on the CPU, and never trained itself
     template = copy.deepcopy(transformer).eval() if accelerator.is_main_process else None
     transformer.train()
@@ -903,23 +1054,37 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
             update_after_step=-1 if args.ema_warmup == "none" else 0,
             foreach=True,
         )
-    data_order = {"seed": args.seed, "num_images": len(source), "global_batch_size": global_batch_size}
+    data_order = {
+        "seed": args.seed,
+        "num_images": len(source),
+        "global_batch_size": global_batch_size,
+        "block_size": None if args.latents_dir is None else args.latents_block_size,
+    }
     first_step, sums = resume(args, accelerator, transformer, optimizer, lr_scheduler, ema, data_order)
 
     # 3. Order of the samples
-    dataset = GMemTrainingDataset(
-        source,
-        memory_bank,
-        args.resolution,
-        latent_shape,
-        args.seed,
-        memory_dropout=accelerator.unwrap_model(transformer).config.memory_dropout,
-        memory_drop_prob=args.memory_drop_prob,
-        timestep_mean=args.timestep_mean,
-        timestep_std=args.timestep_std,
-        flipped_memory_bank=flipped_memory_bank,
-        cache_images=args.cache_images,
-    )
+    draws = {
+        "seed": args.seed,
+        "memory_dropout": accelerator.unwrap_model(transformer).config.memory_dropout,
+        "memory_drop_prob": args.memory_drop_prob,
+        "timestep_mean": args.timestep_mean,
+        "timestep_std": args.timestep_std,
+        "independent_flips": args.independent_flips,
+    }
+    if args.latents_dir is not None:
+        dataset = GMemLatentTrainingDataset(
+            source, random_flip=args.random_flip, alignment=args.alignment == "cached", **draws
+        )
+    else:
+        dataset = GMemTrainingDataset(
+            source,
+            memory_bank,
+            args.resolution,
+            latent_shape,
+            flipped_memory_bank=flipped_memory_bank,
+            cache_images=args.cache_images,
+            **draws,
+        )
     batch_sampler = TrainingBatchSampler(
         len(source),
         args.train_batch_size,
@@ -929,11 +1094,13 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         args.gradient_accumulation_steps,
         accelerator.num_processes,
         accelerator.process_index,
+        block_size=data_order["block_size"],
     )
     # Not given to `accelerator.prepare`: the sampler already says which process takes what
     dataloader = torch.utils.data.DataLoader(
         dataset,
         batch_sampler=batch_sampler,
+        collate_fn=dataset.collate if args.latents_dir is not None else None,
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
@@ -955,6 +1122,25 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         config = {name: str(value) if isinstance(value, list) else value for name, value in vars(args).items()}
         del config["hub_token"]
         accelerator.init_trackers("gmem", config=config)
+
+    num_tokens = (latent_shape[1] // accelerator.unwrap_model(transformer).config.patch_size) ** 2
+
+    @torch.no_grad()
+    def prepare_batch(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the transformer learns to make, and the features that its tokens predict, where asked for."""
+        if args.latents_dir is not None:
+            latents, features = batch["latents"], batch.get("alignment_features")
+        else:
+            latents, features = batch["pixel_values"], None
+            if args.alignment == "online":
+                features = compute_patch_features(alignment_encoder, processor, latents)
+            if vae is not None:
+                latents, logvar = encode_images(vae, latents)
+                if logvar is not None:
+                    latents = latents + (0.5 * logvar).exp() * batch["posterior_noise"]
+        if vae is not None:
+            latents = normalize_latents(latents, normalization_config(vae))
+        return latents, None if features is None else resize_patch_features(features.float(), num_tokens)
 
     def make_pipeline() -> GMemPipeline | None:
         """The pipeline so far, on the main process; all must call it. The next call changes its weights."""
@@ -1018,19 +1204,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     start_time = time.perf_counter()
     for batch in dataloader:
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        latents = batch["pixel_values"]
-        if vae is not None:
-            with torch.no_grad():
-                posterior = vae.encode(latents).latent_dist
-                latents = normalize_latents(posterior.mean + posterior.std * batch["posterior_noise"], vae.config)
-        alignment_features = None
-        if args.alignment == "online":
-            with torch.no_grad():
-                num_tokens = (latent_shape[1] // accelerator.unwrap_model(transformer).config.patch_size) ** 2
-                alignment_features = compute_alignment_features(
-                    alignment_encoder, processor, batch["pixel_values"], num_tokens
-                )
-
+        latents, alignment_features = prepare_batch(batch)
         with accelerator.accumulate(transformer):
             terms = flow_matching_loss(
                 transformer,
@@ -1105,6 +1279,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     if pipeline is not None:
         if args.use_lora:
             save_weights(args, pipeline.transformer, args.output_dir)
+            if args.latents_dir is not None:
+                memory_bank.save_pretrained(Path(args.output_dir, "bank"))
         else:
             pipeline.save_pretrained(args.output_dir)
         logger.info(f"Saved the {'LoRA layers' if args.use_lora else 'pipeline'} in {args.output_dir}")

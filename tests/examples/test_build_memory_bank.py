@@ -1,62 +1,40 @@
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from sklearn.datasets import load_digits
+from tiny_training import EXAMPLES, command_line, load_script, run_script, save_digits, save_image_encoder
 
 from diffusers_gmem import GMemMemoryBank
 from diffusers_gmem.data import ImageSource, compute_snippets, load_image_encoder
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "build_memory_bank.py"
+SCRIPT = EXAMPLES / "build_memory_bank.py"
 NUM_IMAGES = 50
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("build_memory_bank", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("build_memory_bank")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
-
     folder = tmp_path_factory.mktemp("build_memory_bank")
-    digits = load_digits()
-    for number in range(NUM_IMAGES):
-        path = folder / "images" / str(digits.target[number]) / f"{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray((digits.images[number] * 15.9).astype(np.uint8)).save(path)
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(folder / "encoder")
-    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder / "encoder"
-    )
+    save_digits(folder / "images", NUM_IMAGES)
+    save_image_encoder(folder / "encoder")
     return folder
 
 
 def arguments(output_dir, **values):
-    command = ["--output_dir", str(output_dir)]
-    for name, value in values.items():
-        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return command
+    return command_line({"output_dir": output_dir, **values})
 
 
 def image_arguments(workplace, output_dir, **overrides):
@@ -71,19 +49,13 @@ def image_arguments(workplace, output_dir, **overrides):
     return arguments(output_dir, **(values | overrides))
 
 
-def run(script, command):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    script.main(script.parse_args(command))
-
-
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
 def finished(script, workplace):
-    run(script, image_arguments(workplace, workplace / "finished"))
+    run_script(script, image_arguments(workplace, workplace / "finished"))
     return workplace / "finished"
 
 
@@ -104,7 +76,7 @@ def test_row_k_is_the_snippet_of_image_k(finished, workplace):
 
 def test_a_finished_bank_is_left_alone(script, finished, workplace):
     with pytest.raises(ValueError, match=r"There is a GMemMemoryBank\(50 snippets.* already"):
-        run(script, image_arguments(workplace, finished))
+        run_script(script, image_arguments(workplace, finished))
 
 
 @pytest.mark.slow
@@ -128,7 +100,7 @@ def test_two_processes_write_the_same_bytes(finished, workplace, tmp_path):
 @pytest.mark.slow
 def test_killed_and_restarted_it_writes_the_same_bytes(script, workplace, tmp_path):
     small = {"shard_size": 1, "batch_size": 1}
-    run(script, image_arguments(workplace, tmp_path / "whole", **small))
+    run_script(script, image_arguments(workplace, tmp_path / "whole", **small))
     killed = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, SCRIPT, *image_arguments(workplace, killed, **small)])
     while not list(killed.glob("parts/snippets-00005*.safetensors")):
@@ -138,8 +110,8 @@ def test_killed_and_restarted_it_writes_the_same_bytes(script, workplace, tmp_pa
     process.wait()
     assert 5 <= len(list(killed.glob("parts/*.safetensors"))) < NUM_IMAGES
     with pytest.raises(ValueError, match="batch_size: 1 there, 2 now"):
-        run(script, image_arguments(workplace, killed, shard_size=1, batch_size=2))
-    run(script, image_arguments(workplace, killed, **small))
+        run_script(script, image_arguments(workplace, killed, shard_size=1, batch_size=2))
+    run_script(script, image_arguments(workplace, killed, **small))
     assert contents(killed) == contents(tmp_path / "whole")
 
 
@@ -150,9 +122,9 @@ def test_broken_images_are_skipped_and_listed(script, workplace, tmp_path, caplo
         PIL.Image.new("RGB", (16, 16), (40 * number, 0, 0)).save(path)
     path.write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"3\.png\) cannot be read"):
-        run(script, image_arguments(workplace, tmp_path / "stopped", train_data_dir=tmp_path / "images"))
+        run_script(script, image_arguments(workplace, tmp_path / "stopped", train_data_dir=tmp_path / "images"))
     options = {"train_data_dir": tmp_path / "images", "skip_bad_images": True, "bank_dtype": "float16"}
-    run(script, image_arguments(workplace, tmp_path / "out", **options))
+    run_script(script, image_arguments(workplace, tmp_path / "out", **options))
     bank = GMemMemoryBank.from_pretrained(tmp_path / "out")
     assert bank.metadata["image"].to_pylist() == ["0.png", "1.png", "2.png"]
     assert bank.dtype == torch.float16
@@ -170,7 +142,7 @@ def test_embeddings_of_a_numpy_file(script, tmp_path):
         embedding_labels=tmp_path / "labels.npy",
         image_encoder="org/clip",
     )
-    run(script, command)
+    run_script(script, command)
     bank = GMemMemoryBank.from_pretrained(tmp_path / "out")
     assert np.array_equal(bank[:].numpy(), embeddings)
     assert bank.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
@@ -178,7 +150,7 @@ def test_embeddings_of_a_numpy_file(script, tmp_path):
 
     np.save(tmp_path / "flat.npy", np.arange(3))
     with pytest.raises(ValueError, match=r"flat\.npy must hold numbers of shape \(N, D\), got int64 of shape \(3,\)"):
-        run(script, arguments(tmp_path / "flat", embeddings=tmp_path / "flat.npy"))
+        run_script(script, arguments(tmp_path / "flat", embeddings=tmp_path / "flat.npy"))
 
 
 @pytest.mark.parametrize("as_data_set", [False, True])
@@ -196,14 +168,14 @@ def test_embeddings_of_a_column(script, tmp_path, as_data_set):
         {"dataset_name": tmp_path / "data"} if as_data_set else {"embeddings": tmp_path / "data" / "train.parquet"}
     )
     options = source | {"embedding_column": "embedding", "cache_dir": tmp_path / "cache"}
-    run(script, arguments(tmp_path / "out", **options))
+    run_script(script, arguments(tmp_path / "out", **options))
     bank = GMemMemoryBank.from_pretrained(tmp_path / "out")
     assert np.array_equal(bank[:].numpy(), embeddings)
     assert bank.labels.tolist() == [0, 1, 0, 1, 0, 1, 0]
     assert bank.id2label == {0: "cup", 1: "mug"}
     assert bank.encoder is None
     with pytest.raises(ValueError, match=r"no column 'vector': there are \['embedding', 'label'\]"):
-        run(script, arguments(tmp_path / "other", **(options | {"embedding_column": "vector"})))
+        run_script(script, arguments(tmp_path / "other", **(options | {"embedding_column": "vector"})))
 
 
 def test_vectors_of_unequal_length_are_refused(script, tmp_path):
@@ -215,7 +187,7 @@ def test_vectors_of_unequal_length_are_refused(script, tmp_path):
         "cache_dir": tmp_path / "cache",
     }
     with pytest.raises(ValueError, match="must all have the length 2 of the first"):
-        run(script, arguments(tmp_path / "out", **options))
+        run_script(script, arguments(tmp_path / "out", **options))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import re
@@ -6,18 +5,24 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderKL
 from reference_cases import assert_matches, case_tensors, reference_cases
 from safetensors.torch import save_file
-from sklearn.datasets import load_digits
+from tiny_training import (
+    EXAMPLES,
+    command_line,
+    load_script,
+    make_autoencoder,
+    run_script,
+    save_digits,
+    save_image_encoder,
+)
 
 from diffusers_gmem.data import (
     ImageSource,
@@ -31,46 +36,22 @@ from diffusers_gmem.data.shards import Shard
 from diffusers_gmem.models.latent_normalization import normalize_latents
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "cache_latents.py"
+SCRIPT = EXAMPLES / "cache_latents.py"
 NUM_IMAGES = 70
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("cache_latents", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("cache_latents")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """Scikit-learn's digits in a folder per class, a tiny DINOv2 and a tiny VAE."""
-    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
-
     folder = tmp_path_factory.mktemp("cache_latents")
-    digits = load_digits()
-    for number in range(NUM_IMAGES):
-        path = folder / "images" / str(digits.target[number]) / f"{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray((digits.images[number] * 15.9).astype(np.uint8)).save(path)
-
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(folder / "encoder")
-    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder / "encoder"
-    )
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=2,
-        norm_num_groups=4,
-        mid_block_add_attention=False,  # quadratic in the pixels
-    ).save_pretrained(folder / "vae")
+    save_digits(folder / "images", NUM_IMAGES)
+    save_image_encoder(folder / "encoder")
+    make_autoencoder().save_pretrained(folder / "vae")
     return folder
 
 
@@ -87,17 +68,7 @@ def arguments(workplace, output_dir, **overrides):
         "alignment": True,
         "latents_dtype": "float32",
     } | overrides
-    command = []
-    for name, value in values.items():
-        if value is not None:
-            command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return command
-
-
-def run(script, command):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    script.main(script.parse_args(command))
+    return command_line(values)
 
 
 def contents(folder):
@@ -106,7 +77,7 @@ def contents(folder):
 
 @pytest.fixture(scope="module")
 def finished(script, workplace):
-    run(script, arguments(workplace, workplace / "finished"))
+    run_script(script, arguments(workplace, workplace / "finished"))
     return workplace / "finished"
 
 
@@ -217,7 +188,7 @@ def test_two_processes_write_the_same_bytes(finished, workplace, tmp_path):
 def test_killed_and_restarted_it_writes_the_same_bytes(script, workplace, tmp_path):
     # Small shards, so that there is a moment between the first and the last
     whole = arguments(workplace, tmp_path / "whole", shard_size=2, batch_size=1)
-    run(script, whole)
+    run_script(script, whole)
     killed = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, SCRIPT, *arguments(workplace, killed, shard_size=2, batch_size=1)])
     while not list(killed.glob("latents-00005*.safetensors")):
@@ -229,18 +200,18 @@ def test_killed_and_restarted_it_writes_the_same_bytes(script, workplace, tmp_pa
     with pytest.raises(ValueError, match="is not complete"):
         LatentCache.from_pretrained(killed)
     with pytest.raises(ValueError, match="other settings: seed: 0 there, 1 now"):
-        run(script, arguments(workplace, killed, shard_size=2, batch_size=1, seed=1))
+        run_script(script, arguments(workplace, killed, shard_size=2, batch_size=1, seed=1))
 
-    run(script, arguments(workplace, killed, shard_size=2, batch_size=1))
+    run_script(script, arguments(workplace, killed, shard_size=2, batch_size=1))
     assert contents(killed) == contents(tmp_path / "whole")
     before = {path: path.stat().st_mtime_ns for path in killed.rglob("*")}
-    run(script, arguments(workplace, killed, shard_size=2, batch_size=1))  # nothing is left to do
+    run_script(script, arguments(workplace, killed, shard_size=2, batch_size=1))  # nothing is left to do
     assert before == {path: path.stat().st_mtime_ns for path in killed.rglob("*")}
 
 
 def test_paths_in_the_configuration_hold_from_anywhere(script, workplace, tmp_path, monkeypatch):
     monkeypatch.chdir(workplace)
-    run(script, arguments(workplace, tmp_path / "out", vae="vae", image_encoder="encoder"))
+    run_script(script, arguments(workplace, tmp_path / "out", vae="vae", image_encoder="encoder"))
     monkeypatch.chdir(tmp_path)
     cache = LatentCache.from_pretrained("out")
     assert cache.load_autoencoder().config.latents_mean == cache.config["statistics"]["plain"]["latents_mean"]
@@ -254,8 +225,8 @@ def test_broken_images_are_skipped_and_listed(script, workplace, tmp_path, caplo
     (tmp_path / "2.png").write_bytes(b"no picture")
     options = {"train_data_dir": tmp_path, "batch_size": 2, "alignment": None}
     with pytest.raises(ValueError, match=r"2\.png\) cannot be read"):
-        run(script, arguments(workplace, tmp_path / "out", **options))
-    run(script, arguments(workplace, tmp_path / "skipped", **options, skip_bad_images=True))
+        run_script(script, arguments(workplace, tmp_path / "out", **options))
+    run_script(script, arguments(workplace, tmp_path / "skipped", **options, skip_bad_images=True))
     cache = LatentCache.from_pretrained(tmp_path / "skipped")
     assert len(cache) == 5 and cache.config["num_skipped"] == 1
     assert "alignment_features" not in cache.tensor_names and cache.labels is None
@@ -270,8 +241,8 @@ def test_the_papers_preprocessing_is_dinov2s_default(script, workplace, tmp_path
         tmp_path / "images" / "0.png"
     )
     options = {"train_data_dir": tmp_path / "images", "resolution": 256, "batch_size": 1}
-    run(script, arguments(workplace, tmp_path / "paper", **options))
-    run(script, arguments(workplace, tmp_path / "own", **options, image_preprocessing="own"))
+    run_script(script, arguments(workplace, tmp_path / "paper", **options))
+    run_script(script, arguments(workplace, tmp_path / "own", **options, image_preprocessing="own"))
     paper, own = (LatentCache.from_pretrained(tmp_path / name) for name in ("paper", "own"))
     assert paper.config["image_encoder"]["preprocessing"]["size"] == 224
     image = ImageSource(str(tmp_path / "images"), cache_dir=str(workplace / "cache"))[0]
@@ -284,14 +255,8 @@ def test_the_papers_preprocessing_is_dinov2s_default(script, workplace, tmp_path
 
 
 def test_a_deterministic_autoencoder(script, workplace, tmp_path):
-    channels = {f"{half}_block_out_channels": (8, 8) for half in ("encoder", "decoder")}
-    layers = {f"{half}_layers_per_block": (1, 1) for half in ("encoder", "decoder")}
-    scales = {f"{half}_qkv_multiscales": ((), ()) for half in ("encoder", "decoder")}
-    torch.manual_seed(0)
-    AutoencoderDC(latent_channels=4, attention_head_dim=4, **channels, **layers, **scales).save_pretrained(
-        tmp_path / "dc"
-    )
-    run(script, arguments(workplace, tmp_path / "out", vae=tmp_path / "dc"))
+    make_autoencoder("AutoencoderDC").save_pretrained(tmp_path / "dc")
+    run_script(script, arguments(workplace, tmp_path / "out", vae=tmp_path / "dc"))
     cache = LatentCache.from_pretrained(tmp_path / "out")
     assert "latents_logvar" not in cache.tensor_names
     # AutoencoderDC has no fields for statistics; they are kept all the same

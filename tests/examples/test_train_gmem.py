@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import re
@@ -11,57 +10,38 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
-from diffusers import AutoencoderKL
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
+from tiny_training import (
+    EXAMPLES,
+    command_line,
+    load_script,
+    make_autoencoder,
+    run_script,
+    save_digits,
+    save_image_encoder,
+)
 
 from diffusers_gmem import GMemFlowMatchScheduler, GMemMemoryBank, GMemPipeline, GMemTransformer2DModel
 from diffusers_gmem.data import ImageSource
 
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_gmem.py"
 NUM_IMAGES = 40
 
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_gmem", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_gmem")
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """Scikit-learn's digits as a folder of images, a tiny DINOv2, a tiny VAE, and a model configuration."""
-    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
-
     folder = tmp_path_factory.mktemp("train")
-    digits = load_digits()
-    for number in range(NUM_IMAGES):
-        path = folder / "images" / str(digits.target[number]) / f"{number:03d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray((digits.images[number] * 15.9).astype(np.uint8)).save(path)
-
-    torch.manual_seed(0)
-    encoder_config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=7
+    save_digits(folder / "images", NUM_IMAGES)
+    save_image_encoder(folder / "encoder", num_hidden_layers=2, patch_size=7)
+    make_autoencoder(latents_mean=[0.1, -0.2], latents_std=[0.5, 0.6], scaling_factor=1.0).save_pretrained(
+        folder / "vae"
     )
-    Dinov2Model(encoder_config).save_pretrained(folder / "encoder")
-    BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(
-        folder / "encoder"
-    )
-    AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=2,
-        norm_num_groups=4,
-        latents_mean=[0.1, -0.2],
-        latents_std=[0.5, 0.6],
-        scaling_factor=1.0,
-    ).save_pretrained(folder / "vae")
     model_config = {
         "patch_size": 2,
         "num_layers": 3,
@@ -91,16 +71,7 @@ def arguments(workplace, output_dir, **overrides):
         "num_validation_images": 3,
         "validation_inference_steps": 2,
     } | overrides
-    command = []
-    for name, value in values.items():
-        command += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return command
-
-
-def train(script, command):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    script.main(script.parse_args(command))
+    return command_line(values)
 
 
 def weights(folder):
@@ -131,7 +102,7 @@ def finished(script, workplace):
         snippet_layers=1,
         cache_images=True,
     )
-    train(script, command)
+    run_script(script, command)
     return output_dir, command
 
 
@@ -185,7 +156,7 @@ def test_a_resumed_run_is_the_run_that_was_not_interrupted(script, finished):
     (resumed / "checkpoint-4.tmp").mkdir()
     (resumed / "checkpoint-4.tmp" / "half.bin").write_bytes(b"half")
     command = [str(resumed) if word == str(output_dir) else word for word in command]
-    train(script, [*command, "--resume_from_checkpoint", "latest"])
+    run_script(script, [*command, "--resume_from_checkpoint", "latest"])
     assert_same_weights(resumed / "transformer", output_dir / "transformer")
     resumed_state = load_file(resumed / "checkpoint-6" / "transformer" / "diffusion_pytorch_model.safetensors")
     for name, tensor in load_file(
@@ -201,7 +172,7 @@ def test_a_new_run_does_not_mix_with_the_checkpoints_of_another(script, finished
     with pytest.raises(
         ValueError, match="holds checkpoints of another run .of step 6.: .*--resume_from_checkpoint latest"
     ):
-        train(script, command)
+        run_script(script, command)
 
 
 def test_resuming_with_other_images_is_refused(script, finished, workplace):
@@ -211,7 +182,7 @@ def test_resuming_with_other_images_is_refused(script, finished, workplace):
     (images / "0" / "000.png").rename(images / "0" / "0000.png")
     command = [str(images) if word == str(workplace / "images") else word for word in command]
     with pytest.raises(ValueError, match=r"40 rows. is not that of these 40 images"):
-        train(script, [*command, "--resume_from_checkpoint", "latest"])
+        run_script(script, [*command, "--resume_from_checkpoint", "latest"])
 
 
 def test_resuming_with_another_encoder_is_refused(script, finished, workplace):
@@ -220,24 +191,24 @@ def test_resuming_with_another_encoder_is_refused(script, finished, workplace):
     shutil.copytree(workplace / "encoder", other)
     command = [str(other) if word == str(workplace / "encoder") else word for word in command]
     with pytest.raises(ValueError, match="is not that of these 40 images and this encoder"):
-        train(script, [*command, "--resume_from_checkpoint", "latest"])
+        run_script(script, [*command, "--resume_from_checkpoint", "latest"])
 
 
 def test_alignment_needs_a_vision_transformer(script, workplace):
     command = arguments(workplace, workplace / "aligned", image_encoder="efficientnet-lite0", alignment="online")
     with pytest.raises(ValueError, match="needs a vision transformer as the encoder, got EfficientNetModel"):
-        train(script, command)
+        run_script(script, command)
 
 
 def test_old_checkpoints_are_removed(script, workplace):
     output_dir = workplace / "limited"
-    train(script, arguments(workplace, output_dir, checkpoints_total_limit=1))
+    run_script(script, arguments(workplace, output_dir, checkpoints_total_limit=1))
     assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
 def test_latents_of_a_vae(script, workplace):
     output_dir = workplace / "latent"
-    train(script, arguments(workplace, output_dir, vae=workplace / "vae", max_train_steps=2))
+    run_script(script, arguments(workplace, output_dir, vae=workplace / "vae", max_train_steps=2))
     pipe = GMemPipeline.from_pretrained(output_dir)
     assert pipe.transformer.config.in_channels == 2
     assert pipe.transformer.config.sample_size == 4
@@ -247,7 +218,7 @@ def test_latents_of_a_vae(script, workplace):
 
 def test_without_moving_average_the_weights_are_the_last(script, workplace):
     output_dir = workplace / "no_ema"
-    train(script, [*arguments(workplace, output_dir, max_train_steps=2), "--no-ema"])
+    run_script(script, [*arguments(workplace, output_dir, max_train_steps=2), "--no-ema"])
     trained = load_file(output_dir / "checkpoint-2" / "transformer" / "diffusion_pytorch_model.safetensors")
     saved = weights(output_dir / "transformer")
     assert all(torch.equal(saved[name], trained[name]) for name in saved)
@@ -286,7 +257,7 @@ def lora(script, workplace, finished):
         alignment="online",
         learning_rate=0.05,
     )
-    train(script, command)
+    run_script(script, command)
     return output_dir, command
 
 
@@ -340,14 +311,14 @@ def test_resumed_lora_layers_are_those_of_the_run_that_was_not_interrupted(scrip
     (resumed / "pytorch_lora_weights.safetensors").unlink()
     command = [str(resumed) if word == str(output_dir) else word for word in command]
     command += ["--resume_from_checkpoint", "latest"]
-    train(script, command)
+    run_script(script, command)
     for folder in ("", "checkpoint-4/transformer", "checkpoint-4/transformer_ema"):
         expected = lora_weights(output_dir / folder)
         for name, tensor in lora_weights(resumed / folder).items():
             assert torch.equal(tensor, expected[name]), name
 
     with pytest.raises(ValueError, match="are not those of --lora_layers to_q,to_k"):
-        train(script, [*command, "--lora_layers", "to_q,to_k"])
+        run_script(script, [*command, "--lora_layers", "to_q,to_k"])
 
 
 def test_lora_layers_are_float32_and_what_they_adapt_is_not(script, workplace, finished, monkeypatch):
@@ -361,7 +332,7 @@ def test_lora_layers_are_float32_and_what_they_adapt_is_not(script, workplace, f
     monkeypatch.setattr(script, "flow_matching_loss", spy)
     output_dir = workplace / "lora_bf16"
     options = {"use_lora": True, "mixed_precision": "bf16", "max_train_steps": 2}
-    train(script, adaptation_arguments(workplace, finished[0], output_dir, **options))
+    run_script(script, adaptation_arguments(workplace, finished[0], output_dir, **options))
     for name, dtype in dtypes.items():
         in_float32 = "lora" in name or "timestep_embedder" in name
         assert dtype == (torch.float32 if in_float32 else torch.bfloat16), name
@@ -373,7 +344,7 @@ def test_lora_layers_are_float32_and_what_they_adapt_is_not(script, workplace, f
 
 def test_a_pretrained_pipeline_is_trained_further(script, workplace, finished):
     pretrained, output_dir = finished[0], workplace / "further"
-    train(script, adaptation_arguments(workplace, pretrained, output_dir))
+    run_script(script, adaptation_arguments(workplace, pretrained, output_dir))
     before, after = weights(pretrained / "transformer"), weights(output_dir / "transformer")
     assert before.keys() == after.keys()
     for name in before:
@@ -387,10 +358,10 @@ def test_a_pretrained_pipeline_is_trained_further(script, workplace, finished):
 
 def test_a_pretrained_pipeline_of_latents_is_trained_further(script, workplace):
     first, pretrained, output_dir = (workplace / name for name in ("latent_1", "latent_2", "latent_3"))
-    train(script, arguments(workplace, first, vae=workplace / "vae", max_train_steps=2))
+    run_script(script, arguments(workplace, first, vae=workplace / "vae", max_train_steps=2))
     scheduler = GMemFlowMatchScheduler(shift=2.0)
     GMemPipeline.from_pretrained(first, scheduler=scheduler).save_pretrained(pretrained)
-    train(script, adaptation_arguments(workplace, pretrained, output_dir, max_train_steps=2))
+    run_script(script, adaptation_arguments(workplace, pretrained, output_dir, max_train_steps=2))
     pipe = GMemPipeline.from_pretrained(output_dir)
     assert pipe.vae.config.latents_std == [0.5, 0.6]
     assert pipe.scheduler.config.shift == 2.0
@@ -399,22 +370,25 @@ def test_a_pretrained_pipeline_of_latents_is_trained_further(script, workplace):
 def test_a_pretrained_pipeline_takes_its_own_resolution(script, workplace, finished):
     command = adaptation_arguments(workplace, finished[0], workplace / "larger", resolution=16)
     with pytest.raises(ValueError, match=r"shape \(3, 16, 16\), but the pretrained one takes \(3, 8, 8\)"):
-        train(script, command)
+        run_script(script, command)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(script, workplace):
     output_dir = workplace / "diverged"
     command = arguments(workplace, output_dir, learning_rate=1e30, max_grad_norm=1e30, lr_scheduler="constant")
     with pytest.raises(RuntimeError, match="The loss is (nan|inf).* before step"):
-        train(script, command)
+        run_script(script, command)
     assert not (output_dir / "model_index.json").exists()
 
 
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ([], "either --train_data_dir or --dataset_name"),
-        (["--train_data_dir", "a", "--dataset_name", "b"], "either --train_data_dir or --dataset_name"),
+        ([], "give one of --train_data_dir, --dataset_name, --webdataset and --latents_dir"),
+        (
+            ["--train_data_dir", "a", "--dataset_name", "b"],
+            "give one of --train_data_dir, --dataset_name, --webdataset and --latents_dir",
+        ),
         (["--train_data_dir", "a", "--train_batch_size", "0"], "--train_batch_size must be at least 1, got 0"),
         (["--train_data_dir", "a", "--memory_drop_prob", "1.5"], r"--memory_drop_prob must be in \[0, 1\], got 1.5"),
         (["--train_data_dir", "a", "--lr_scheduler", "steps"], "invalid choice: 'steps'"),
@@ -439,11 +413,11 @@ def test_wrong_arguments_are_refused(script, capsys, command, message):
 def test_accelerate_launch_with_two_processes(script, workplace):
     """Two processes of batch 2 train what one process of batch 4 does, up to the order of a float32 sum."""
     one, two = workplace / "one", workplace / "two"
-    train(script, arguments(workplace, one))
+    run_script(script, arguments(workplace, one))
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     result = subprocess.run(
-        [*launcher, SCRIPT, *arguments(workplace, two, train_batch_size=2)],
+        [*launcher, EXAMPLES / "train_gmem.py", *arguments(workplace, two, train_batch_size=2)],
         env=environment,
         capture_output=True,
         text=True,

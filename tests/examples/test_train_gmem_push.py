@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers_gmem authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import importlib.util
 import logging
 import threading
 from pathlib import Path
@@ -10,17 +9,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from huggingface_hub import ModelCard, hf_hub_download
 from huggingface_hub.errors import LocalTokenNotFoundError
 from safetensors.torch import load_file
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+from tiny_training import load_script, run_script, save_image_encoder
 
 from diffusers_gmem import GMemMemoryBank, GMemPipeline
 from diffusers_gmem.hub import transfer
-
-
-SCRIPT = Path(__file__).parents[2] / "examples" / "train_gmem.py"
 
 
 @pytest.fixture(autouse=True)
@@ -30,10 +25,7 @@ def no_waiting(monkeypatch):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_gmem", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("train_gmem")
 
 
 @pytest.fixture(scope="module")
@@ -44,13 +36,7 @@ def workplace(tmp_path_factory):
     pixels = np.random.default_rng(0).integers(256, size=(10, 8, 8, 3), dtype=np.uint8)
     for number in range(10):
         PIL.Image.fromarray(pixels[number]).save(folder / "images" / f"{number}.png")
-    torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, mlp_ratio=2, image_size=28, patch_size=14
-    )
-    Dinov2Model(config).save_pretrained(folder / "encoder")
-    processor = BitImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
-    processor.save_pretrained(folder / "encoder")
+    save_image_encoder(folder / "encoder")
     (folder / "model.json").write_text(
         '{"patch_size": 2, "num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}'
     )
@@ -62,8 +48,6 @@ def train(script, workplace, tmp_path):
     """Runs the script with these arguments more; the folder it wrote."""
 
     def run(*arguments, output_dir="trained", new=True):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
         command = (
             f"--train_data_dir {workplace}/images --cache_dir {workplace}/cache --output_dir {tmp_path}/{output_dir}"
         )
@@ -71,7 +55,7 @@ def train(script, workplace, tmp_path):
         command += " --num_validation_images 3 --validation_inference_steps 2 --learning_rate 0.01"
         if new:
             command += f" --image_encoder {workplace}/encoder --model_config {workplace}/model.json"
-        script.main(script.parse_args([*command.split(), *arguments]))
+        run_script(script, [*command.split(), *arguments])
         return tmp_path / output_dir
 
     return run

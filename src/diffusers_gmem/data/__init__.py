@@ -2,6 +2,7 @@ from .autoencoders import encode_images, load_autoencoder
 from .images import BrokenImageError, ImageSource, ImageStream, center_crop, image_to_tensor
 from .latent_cache import LatentCache
 from .snippets import (
+    compute_patch_features,
     compute_snippets,
     encode_pixel_values,
     load_image_encoder,
@@ -17,6 +18,7 @@ __all__ = [
     "ImageStream",
     "LatentCache",
     "center_crop",
+    "compute_patch_features",
     "compute_snippets",
     "encode_images",
     "encode_pixel_values",

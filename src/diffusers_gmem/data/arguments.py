@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers_gmem authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The arguments that `examples/cache_latents.py` and `examples/build_memory_bank.py` share."""
+"""The arguments that `cache_latents.py`, `build_memory_bank.py` and `train_gmem.py` in `examples/` share."""
 
 import argparse
 from pathlib import Path
@@ -112,7 +112,7 @@ def open_image_encoder(args: argparse.Namespace) -> tuple[torch.nn.Module, Any]:
         preprocessing = "paper" if "dinov2" in encoder.config.model_type and args.resolution >= 256 else "own"
     if preprocessing == "paper":
         processor = paper_image_processor(args.resolution)
-    return encoder.to(DTYPES[args.model_dtype]).requires_grad_(False), processor
+    return encoder.requires_grad_(False), processor
 
 
 def name_or_absolute_path(name: str) -> str:

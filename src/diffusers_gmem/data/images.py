@@ -3,6 +3,7 @@
 
 """Reading images: from a folder or a data set to RGB pictures, and from those to square tensors."""
 
+import copy
 import io
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,8 +14,12 @@ import datasets
 import numpy as np
 import PIL.Image
 import torch
+from diffusers.utils import logging
 
 from ..models.image_encoder import to_rgb
+
+
+tqdm = logging.tqdm
 
 
 class BrokenImageError(ValueError):
@@ -156,6 +161,23 @@ class ImageSource(_Images, torch.utils.data.Dataset):
             BrokenImageError: if the image cannot be read.
         """
         return self._read(self.dataset[index], index)
+
+    def find_broken(self) -> dict[int, str]:
+        """Which images cannot be read, by number, and why. Reads all of them."""
+        broken = {}
+        for index in tqdm(range(len(self)), desc="Checking the images"):
+            try:
+                self.read(index)
+            except BrokenImageError as error:
+                broken[index] = str(error)
+        return broken
+
+    def select(self, indices: list[int]) -> "ImageSource":
+        """Some of the images, in the order that is given."""
+        selected = copy.copy(self)
+        selected.dataset = self.dataset.select(indices)
+        vars(selected).pop("labels", None)
+        return selected
 
 
 class ImageStream(_Images):

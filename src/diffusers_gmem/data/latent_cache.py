@@ -90,7 +90,14 @@ class LatentCache:
         return [name for name in self._shards[0] if name not in ("labels", "latent_moments")]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a tensor of one image."""
+        """
+        The shape of a tensor of one image.
+
+        Raises:
+            ValueError: if the cache has no such tensor.
+        """
+        if name not in self.tensor_names:
+            raise ValueError(f"The latent cache in {self.folder} has no {name}: it has {self.tensor_names}.")
         return tuple(self._shards[0][name].shape[2:])
 
     def read(self, name: str, indices: torch.Tensor, flipped: torch.Tensor) -> torch.Tensor:

@@ -277,20 +277,23 @@ def open_folder(folder: Path, settings: dict[str, Any], name: str = CONFIG_NAME)
     return config
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a JSON file under its name only when it is complete."""
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under its name only when it is complete."""
     temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     _move(temporary, path)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """The same for a JSON file."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_skipped_images(path: Path, folder: Path, shards: list[Shard]) -> int:
     """Lists the images that were left out of the shards, in order, in a text file; returns how many they are."""
     skipped = [message for shard in shards for message in read_header(folder / shard.file)["skipped"]]
     if skipped:
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text("".join(message.replace("\n", " ") + "\n" for message in skipped), encoding="utf-8")
-        _move(temporary, path)
+        write_text(path, "".join(message.replace("\n", " ") + "\n" for message in skipped))
     return len(skipped)
 
 

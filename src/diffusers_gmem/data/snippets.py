@@ -154,6 +154,26 @@ def encode_pixel_values(
     return snippets, output.last_hidden_state[:, -num_patches:].float()
 
 
+def compute_patch_features(encoder: torch.nn.Module, processor, images: torch.Tensor) -> torch.Tensor:
+    """
+    The features of the patches of images that are tensors already.
+
+    Args:
+        encoder (`torch.nn.Module`): a vision transformer of transformers.
+        processor: its image processor.
+        images (`torch.Tensor` of shape `(batch_size, 3, height, width)`): in [-1, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, num_patches, hidden_size)`, float32.
+
+    Raises:
+        ValueError: if the encoder has no patches.
+    """
+    pictures = list((images * 0.5 + 0.5).clamp(0, 1).cpu().unbind())
+    pixel_values = processor(images=pictures, return_tensors="pt", do_rescale=False).pixel_values
+    return encode_pixel_values(encoder, pixel_values, patch_features=True)[1]
+
+
 def resize_patch_features(features: torch.Tensor, num_tokens: int) -> torch.Tensor:
     """
     Brings features of shape `(batch_size, num_patches, dim)` from one square grid to another, bilinearly:
