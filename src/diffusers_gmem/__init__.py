@@ -15,6 +15,7 @@ from .models.image_encoder import GMemImageEncoder
 from .models.memory_bank import GMemMemoryBank
 from .models.transformer_gmem import GMemTransformer2DModel
 from .pipelines.pipeline_gmem import GMemPipeline, GMemPipelineOutput
+from .pipelines.provenance import read_provenance
 from .schedulers.scheduling_gmem_flow_match import GMemFlowMatchScheduler
 
 
@@ -28,6 +29,7 @@ __all__ = [
     "GMemPipeline",
     "GMemPipelineOutput",
     "GMemTransformer2DModel",
+    "read_provenance",
 ]
 
 # Published pipelines record the module of each component. The short name keeps our file layout out of them, and as an

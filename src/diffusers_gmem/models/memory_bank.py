@@ -45,6 +45,7 @@ from .memory_bank_files import (
 )
 from .snippet_mixing import INTERPOLATION_METHODS, interpolate_snippets, unit_sum
 from .snippet_search import SEARCH_METRICS, nearest_snippets
+from .snippet_sources import SnippetSources, attach_sources, sources_of
 from .snippet_storage import STORED_DTYPES, SnippetCodec, SnippetStorage, StoredRows, encode_pieces
 from .text_embedding import embed_text
 
@@ -485,6 +486,39 @@ class GMemMemoryBank:
             chosen |= rows
         return chosen.nonzero().flatten()
 
+    def describe_rows(self, indices: int | slice | Sequence[int] | torch.Tensor) -> list[dict[str, Any]]:
+        """
+        What the bank knows of rows.
+
+        Args:
+            indices (`int`, `slice`, `list[int]` or `torch.Tensor`): Rows, as in `bank[indices]`.
+
+        Returns:
+            `list[dict]`: for each row its number as `index`, its entries in the columns of the metadata (binary and nested
+            ones, such as thumbnails, left out), and, where the bank has them, its `label` and the `label_name` of it.
+
+        Raises:
+            `IndexError`, `TypeError`: as `bank[indices]` does.
+        """
+        rows = self._row_numbers(indices)
+        described = [{} for _ in rows]
+        if self.metadata is not None:
+            import pyarrow
+
+            is_plain = {
+                field.name: not (pyarrow.types.is_nested(field.type) or "binary" in str(field.type))
+                for field in self.metadata.schema
+            }
+            table = self.metadata.select([name for name, plain in is_plain.items() if plain])
+            described = table.take(pyarrow.array(rows.numpy())).to_pylist()
+        for row, entry in zip(rows.tolist(), described, strict=True):
+            entry["index"] = row
+            if self._labels is not None:
+                entry["label"] = self._labels[row].item()
+                if self._id2label is not None and entry["label"] in self._id2label:
+                    entry["label_name"] = self._id2label[entry["label"]]
+        return described
+
     def _ids_of_name(self, name: str) -> list[int]:
         if self._id2label is None:
             raise ValueError(
@@ -549,7 +583,8 @@ class GMemMemoryBank:
         generator: torch.Generator | None = None,
     ) -> torch.Tensor:
         """
-        Snippets between two snippets, for `pipe(memory=...)`.
+        Snippets between two snippets, for `pipe(memory=...)`, whose output names the two as their sources, each with its
+        share.
 
         The k-th has the weight alpha = k / (num - 1) of the second: the first of `num` stands for the first snippet and the
         last for the second. All are scaled to unit length.
@@ -583,13 +618,21 @@ class GMemMemoryBank:
             device = "cpu" if generator is None else generator.device
             take_first = torch.rand(num, self.dim, generator=generator, device=device).cpu() > 0.5
         alphas = torch.linspace(0, 1, num, dtype=torch.float64)
-        return interpolate_snippets(first, second, alphas, method, take_first).float()
+        snippets = interpolate_snippets(first, second, alphas, method, take_first).float()
+        shares = alphas.tolist()
+        if method == "concat":
+            shares = [1 - self.dim // 2 / self.dim] * num
+        elif method == "mask":
+            shares = (~take_first).double().mean(dim=1).tolist()
+        weighted = [self._weighted_parts([i, j], [1 - share, share]) for share in shares]
+        return attach_sources(snippets, SnippetSources(weighted, self))
 
     def mix(
         self, snippets: Sequence[int | torch.Tensor] | torch.Tensor, weights: Sequence[float], normalize: bool = True
     ) -> torch.Tensor:
         """
-        The weighted sum of snippets. Negative weights take away: `bank.mix([a, b, c], [1, -1, 1])` is a - b + c.
+        The weighted sum of snippets, for `pipe(memory=...)`, whose output names them and their weights as its sources.
+        Negative weights take away: `bank.mix([a, b, c], [1, -1, 1])` is a - b + c.
 
         Args:
             snippets (`list[int | torch.Tensor]` or `torch.Tensor`):
@@ -615,7 +658,25 @@ class GMemMemoryBank:
                 f" {tuple(chosen.shape)}."
             )
         unit = unit_sum(chosen, weights[None])[0]
-        return (unit if normalize else weights @ chosen).float()
+        mixed = (unit if normalize else weights @ chosen).float()
+        parts = self._weighted_parts(snippets, weights.tolist())
+        return attach_sources(mixed, SnippetSources([parts], self))
+
+    def _weighted_parts(
+        self, snippets: Sequence[int | torch.Tensor] | torch.Tensor, weights: Sequence[float]
+    ) -> list[tuple[int | dict[str, Any], float]]:
+        """The parts of a weighted sum; those of a part that is a sum itself, or comes from an image, if they are known."""
+        if not isinstance(snippets, (list, tuple)) and not _is_floating(snippets):
+            snippets = self._row_numbers(snippets).tolist()
+        parts = []
+        for snippet, weight in zip(snippets, weights, strict=True):
+            inner = [({"index": None}, 1.0)]
+            if not _is_floating(snippet):
+                inner = [(self._row_numbers(snippet).item(), 1.0)]
+            elif (sources := sources_of(snippet)) is not None and sources.bank in (None, self):
+                (inner,) = sources.parts
+            parts += [(part, weight * share) for part, share in inner]
+        return parts
 
     def nearest(
         self, query: int | Sequence[int] | torch.Tensor, k: int, metric: str = "cosine"
@@ -705,7 +766,7 @@ class GMemMemoryBank:
                     f"a list of snippets has to hold row numbers and tensors of shape ({self.dim},) only."
                 )
             return torch.stack(snippets)
-        snippets = value if isinstance(value, torch.Tensor) and value.is_floating_point() else self[value]
+        snippets = value if _is_floating(value) else self[value]
         if snippets.ndim not in (1, 2) or snippets.shape[-1] != self.dim or not snippets.numel():
             raise ValueError(
                 f"snippets have to be of shape ({self.dim},) or (n, {self.dim}), but are of shape {tuple(snippets.shape)}."
@@ -1300,6 +1361,10 @@ class GMemMemoryBank:
 def _is_row_number(index: Any) -> bool:
     # A tensor of one element also passes for an integer, but stands for a list of one row
     return hasattr(index, "__index__") and getattr(index, "ndim", 0) == 0
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
 def _some(values: list, limit: int = 8) -> str:

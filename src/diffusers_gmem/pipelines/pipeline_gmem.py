@@ -3,6 +3,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
@@ -28,15 +29,26 @@ from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput, logging, replace_example_docstring
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
+from PIL.PngImagePlugin import PngInfo
 
 from ..hub.locate import locate_pipeline
 from ..hub.transfer import HubRepo
 from ..models.image_encoder import GMemImageEncoder, to_rgb
 from ..models.latent_normalization import decode_latents, spatial_compression_ratio
 from ..models.memory_bank import GMemMemoryBank
+from ..models.memory_bank_files import flush, flush_folder
+from ..models.snippet_sources import SnippetSources, attach_sources, sources_of
 from ..models.transformer_gmem import GMemTransformer2DModel
 from ..schedulers.scheduling_gmem_flow_match import GMemFlowMatchScheduler
 from .lora_loader import GMemLoraLoaderMixin
+from .provenance import (
+    PROVENANCE_VERSION,
+    call_arguments,
+    describe_generator,
+    encode_tensor,
+    png_info,
+    publishable,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -71,10 +83,63 @@ class GMemPipelineOutput(BaseOutput):
         memory_indices (`list[int]`, *optional*):
             For each image, the row of the memory bank whose snippet made it; `None` if the snippets did not come from
             the bank.
+        sources (`list[list[dict] | None]`, *optional*):
+            For each image, what its snippet came from: a dict for each part. A row of a bank has its number `index`, its
+            metadata, and its `label` and `label_name` if it has them ([`GMemMemoryBank.describe_rows`]); a part that is
+            not known has `index=None`; an image of the caller has its name as `image`, which is `None` for one without.
+            `weight` is 1, or the weight in a mixture: that of `GMemMemoryBank.mix`, the share of
+            `GMemMemoryBank.interpolate`. `None` for a snippet of which nothing is known.
+        provenance (`list[dict]`, *optional*):
+            For each image all that is known of how it was made, for JSON, without paths of this machine: `sources`, the
+            `memory_index`, the `prompt` that found it, the `seed`, the number `image` of the image in its call and the `batch_size` of that, the
+            `settings` (arguments) of the call, the state of its `generator` (or of each), the `tensors` among the
+            arguments (the snippet, if it did not come from a bank, and `latents` and `negative_memory`; float32 in
+            base64), `scheduler` and `guider` with their configuration, the `model` (name, commit, dtype, device, LoRA
+            adapters, cache), and the fingerprint of the `memory_bank`. `repeatable` is false for an image that a callback
+            changed or whose run was ended early.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     memory_indices: list[int] | None = None
+    sources: list[list[dict[str, Any]] | None] | None = None
+    provenance: list[dict[str, Any]] | None = None
+
+    def png_metadata(self, k: int) -> PngInfo:
+        """The provenance of image k for `image.save("image.png", pnginfo=...)`: JSON, as the text "gmem"."""
+        return png_info(self.provenance[k])
+
+    def save_images(self, directory: str | Path, prefix: str = "image") -> list[Path]:
+        """
+        Writes the images as PNG files that say how they were made ([`~diffusers_gmem.read_provenance`] reads it). Each
+        file appears as a whole, and replaces one of its name.
+
+        Args:
+            directory (`str` or `Path`): Folder to write to; made where it does not exist.
+            prefix (`str`, defaults to `"image"`): The files are `<prefix>-00000.png` and so on.
+
+        Returns:
+            `list[Path]`: The files.
+
+        Raises:
+            ValueError: if these are latents, not images.
+        """
+        images = self.images
+        if isinstance(images, torch.Tensor):
+            images = VaeImageProcessor.pt_to_numpy(images)
+        if isinstance(images, np.ndarray):
+            if images.shape[-1] not in (1, 3) or not 0 <= images.min() <= images.max() <= 1:
+                raise ValueError(f"Latents of shape {tuple(self.images.shape)} cannot be saved as images.")
+            images = VaeImageProcessor.numpy_to_pil(images)
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = [directory / f"{prefix}-{k:05d}.png" for k in range(len(images))]
+        for k, path in enumerate(paths):
+            temporary = path.with_name(f".{path.name}.tmp")
+            images[k].save(temporary, format="PNG", pnginfo=self.png_metadata(k))
+            flush(temporary)
+            os.replace(temporary, path)
+        flush_folder(directory)
+        return paths
 
 
 class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
@@ -252,6 +317,16 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             self.memory_bank = bank
         return self.memory_bank
 
+    def _memory_bank_for_use(self) -> GMemMemoryBank:
+        bank = self.load_memory_bank()
+        if bank is None:
+            raise ValueError(
+                "This pipeline has no memory bank: pass snippets as `memory` (or an `image`), or load the pipeline "
+                "with `memory_bank=GMemMemoryBank.from_pretrained(...)`."
+            )
+        self._check_memory_bank(bank)
+        return bank
+
     def _own_repo(self) -> HubRepo:
         """The repository and the commit that the pipeline was loaded from, and how it was reached."""
         if self._hub_repo is not None:
@@ -389,10 +464,36 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         wrong = [item for item in images if not isinstance(item, (PIL.Image.Image, np.ndarray, torch.Tensor))]
         if wrong or len(images) == 0:
             raise ValueError(f"`image` must be a PIL image, an array or a tensor, or a list of them, got {image!r}.")
+        names = [Path(getattr(item, "filename", "")).name or None for item in images]
         images = [to_rgb(item) if isinstance(item, PIL.Image.Image) else item for item in images]
         pixel_values = self.image_processor(images=images, return_tensors="pt").pixel_values
         pixel_values = pixel_values.to(device=self._execution_device, dtype=self.image_encoder.dtype)
-        return self.image_encoder(pixel_values).pooler_output.float()
+        snippets = self.image_encoder(pixel_values).pooler_output.float()
+        return attach_sources(snippets, SnippetSources([[({"image": name}, 1.0)] for name in names]))
+
+    def explain(self, image, k: int = 5, metric: str = "cosine") -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
+        """
+        The memories that are nearest to an image, whether this pipeline made it or not.
+
+        Args:
+            image: One image or a list of them, see `encode_image`.
+            k (`int`, defaults to 5): How many, 1 to `len(bank)`.
+            metric (`str`, defaults to `"cosine"`): See [`GMemMemoryBank.nearest`].
+
+        Returns:
+            `list[dict]`: the nearest first, each with its number `index`, its `score`, and what else the bank knows of it
+            ([`GMemMemoryBank.describe_rows`]). For a list of images a list of such lists.
+
+        Raises:
+            ValueError: if the pipeline has no bank or no image encoder, or `k` or `metric` is not accepted.
+        """
+        bank = self._memory_bank_for_use()
+        scores, rows = bank.nearest(self.encode_image(image), k, metric)
+        found = [
+            [{**row, "score": score} for row, score in zip(bank.describe_rows(indices), values, strict=True)]
+            for indices, values in zip(rows, scores.tolist(), strict=True)
+        ]
+        return found if isinstance(image, (list, tuple)) else found[0]
 
     def check_inputs(
         self,
@@ -516,21 +617,20 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         num_images_per_memory: int,
         generator: torch.Generator | list[torch.Generator] | None,
         device: torch.device,
-    ) -> tuple[torch.Tensor, list[int] | None]:
-        """The snippets, one row per image, of shape `(batch_size, memory_dim)`, and their rows in the bank."""
+    ) -> tuple[torch.Tensor, list[int] | None, SnippetSources | None]:
+        """
+        The snippets, one row per image, of shape `(batch_size, memory_dim)`, their rows in the bank, and what is known of
+        their sources.
+        """
         indices = None
         if image is not None:
             memory = self.encode_image(image)
+            sources = sources_of(memory)
         elif memory is not None:
+            sources = sources_of(memory)
             memory = _as_rows("memory", memory)
         else:
-            bank = self.load_memory_bank()
-            if bank is None:
-                raise ValueError(
-                    "This pipeline has no memory bank: pass snippets as `memory` (or an `image`), or load the pipeline "
-                    "with `memory_bank=GMemMemoryBank.from_pretrained(...)`."
-                )
-            self._check_memory_bank(bank)
+            bank = self._memory_bank_for_use()
             if memory_indices is not None:
                 indices = _as_list("memory_indices", memory_indices, Integral)
                 wrong = [index for index in indices if not 0 <= index < len(bank)]
@@ -545,6 +645,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
                     wanted = _as_list("class_labels", class_labels, Integral | str)
                 indices = self._draw_indices(bank, wanted, num_images_per_memory, generator)
             memory = bank[indices]
+            sources = SnippetSources([[(index, 1.0)] for index in indices], bank)
 
         if memory.shape[-1] != self.transformer.config.memory_dim:
             raise ValueError(
@@ -559,7 +660,9 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         memory = memory.repeat_interleave(num_images_per_memory, dim=0)
         if indices is not None:
             indices = [index for index in indices for _ in range(num_images_per_memory)]
-        return memory, indices
+        if sources is not None:
+            sources = replace(sources, parts=[parts for parts in sources.parts for _ in range(num_images_per_memory)])
+        return memory, indices, sources
 
     def _find_indices(self, bank: GMemMemoryBank, prompts: list[str], num_images: int) -> list[int]:
         """The rows of the bank that match best, `num_images` for each prompt."""
@@ -734,7 +837,8 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
                 Its predictions are those of the scheduler (`noise - data`), each evaluated in a batch of its own; its
                 `start` and `stop` are fractions of the model evaluations.
             generator (`torch.Generator` or a list of one per image, *optional*):
-                Draws the snippets, the initial noise and the scheduler's noise. With a list, image k depends on
+                Draws the snippets, the initial noise and the scheduler's noise; by default a new one, which torch's
+                global generator seeds. With a list, image k depends on
                 generator k alone, whatever the batch (a snippet of several images is drawn by the first one's).
             latents (`torch.Tensor` of shape `(batch_size, in_channels, sample_size, sample_size)`, *optional*):
                 Standard normal noise to start from, instead of drawing it. The scheduler's `init_noise_sigma` scales it.
@@ -782,12 +886,39 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         self._current_timestep = None
         self._interrupt = False
         device = self._execution_device
+        if generator is None:
+            # Its seed can be told, so that the images can be made again
+            generator = torch.Generator().manual_seed(torch.randint(2**63 - 1, ()).item())
+
+        # For the provenance: what the call was asked for, and generators before they draw
+        settings = {
+            "num_images_per_memory": int(num_images_per_memory),
+            "num_inference_steps": int(num_inference_steps),
+            "guidance_scale": float(guidance_scale),
+            "guidance_interval": [float(bound) for bound in guidance_interval],
+            "attention_kwargs": publishable(attention_kwargs),
+        }
+        if class_labels is not None:
+            settings["class_labels"] = _as_list("class_labels", class_labels, Integral | str)
+        elif all(value is None for value in (memory, memory_indices, image, prompt)):
+            settings["num_images"] = int(num_images)
+        is_list = isinstance(generator, list)
+        generator_record = (
+            [describe_generator(item) for item in generator] if is_list else describe_generator(generator)
+        )
+        prompts = [None] if prompt is None else _as_list("prompt", prompt, str)
+        given_tensors = {"latents": latents}
+        repeatable = True
 
         # 2. Snippets
-        memory, memory_indices = self.prepare_memory(
+        memory, memory_indices, sources = self.prepare_memory(
             memory, memory_indices, class_labels, image, prompt, num_images, num_images_per_memory, generator, device
         )
         batch_size = memory.shape[0]
+        if memory_indices is None:
+            given_tensors["memory"] = memory
+        elif not settings.keys() & {"class_labels", "num_images"}:
+            settings["memory_indices"] = memory_indices[::num_images_per_memory]
         if negative_memory is None:
             negative_memory = torch.zeros_like(memory)
         else:
@@ -801,7 +932,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
                 )
             if not negative_memory.isfinite().all():
                 raise ValueError("`negative_memory` holds NaN or infinity.")
-            negative_memory = negative_memory.expand_as(memory)
+            negative_memory = given_tensors["negative_memory"] = negative_memory.expand_as(memory)
 
         # 3. Timesteps. diffusers' flow-matching Euler wants the sigmas from outside; its own grid ends with a step of
         # 1 / num_train_timesteps.
@@ -863,10 +994,12 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
                         )
                     latents = callback_outputs.pop("latents", latents)
                     memory = callback_outputs.pop("memory", memory)
+                    repeatable &= latents is tensors["latents"] and memory is tensors["memory"]
 
                 progress_bar.update()
                 i += 1
         self._current_timestep = None
+        repeatable &= i == len(times)
 
         # 6. Decode
         if output_type == "latent":
@@ -878,7 +1011,79 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
 
         if not return_dict:
             return (images, memory_indices)
-        return GMemPipelineOutput(images=images, memory_indices=memory_indices)
+
+        # 7. Provenance
+        described_sources = [None] * batch_size if sources is None else sources.describe()
+        common = {
+            "format_version": PROVENANCE_VERSION,
+            "batch_size": batch_size,
+            "settings": settings,
+            "generator": generator_record,
+            "repeatable": repeatable,
+            **self._describe(guider, None if sources is None else sources.bank),
+        }
+        given_tensors = {name: tensor for name, tensor in given_tensors.items() if tensor is not None}
+        provenance = [
+            {
+                "image": k,
+                "memory_index": None if memory_indices is None else memory_indices[k],
+                "prompt": prompts[k * len(prompts) // batch_size],
+                "sources": publishable(described_sources[k]),
+                "seed": (generator_record[k] if is_list else generator_record)["seed"],
+                "tensors": {name: encode_tensor(tensor[k].float()) for name, tensor in given_tensors.items()},
+                **common,
+            }
+            for k in range(batch_size)
+        ]
+        return GMemPipelineOutput(images, memory_indices, described_sources, provenance)
+
+    def _describe(self, guider: BaseGuidance | None, bank: GMemMemoryBank | None) -> dict[str, Any]:
+        """What images depend on beside the arguments of a call, for their provenance."""
+
+        def configuration(component):
+            config = {name: value for name, value in component.config.items() if not name.startswith("_")}
+            return {"class_name": type(component).__name__, **publishable(config)}
+
+        repo, cache = self._own_repo(), self.transformer._cache_config
+        name = repo.repo_id
+        if name is not None and repo.revision is None:  # a folder
+            name = Path(name).resolve().name
+        return {
+            "model": {
+                "name": name,
+                "revision": repo.revision,
+                "dtype": str(self.transformer.dtype).removeprefix("torch."),
+                "device": self._execution_device.type,
+                "adapters": sorted(getattr(self.transformer, "peft_config", {})),
+                "cache": None if cache is None else type(cache).__name__,
+            },
+            "scheduler": configuration(self.scheduler),
+            "guider": None if guider is None else configuration(guider),
+            "memory_bank": None if bank is None else bank.fingerprint,
+        }
+
+    def remake(self, provenance: dict[str, Any]) -> PIL.Image.Image:
+        """
+        Makes an image again from what its file says. All images of its call are made, as their noise may be that of one
+        generator; on the same kind of device the image is the same to the bit.
+
+        Args:
+            provenance (`dict`): From [`~diffusers_gmem.read_provenance`] or [`GMemPipelineOutput`].
+
+        Raises:
+            ValueError: if this pipeline has another scheduler, guider or, where it matters, memory bank, or a callback
+                changed the image or its run was ended early. Another model, dtype or device is only warned of.
+        """
+        if not provenance["repeatable"]:
+            raise ValueError("The image cannot be made again: a callback changed it, or its run was ended early.")
+        uses_bank = provenance["memory_index"] is not None
+        found = self._describe(self.guider, self.load_memory_bank() if uses_bank else None)
+        for name in ("scheduler", "guider", *(["memory_bank"] if uses_bank else [])):
+            if found[name] != provenance[name]:
+                raise ValueError(f"The image was made with the {name} {provenance[name]}; this one is {found[name]}.")
+        if found["model"] != provenance["model"]:
+            logger.warning(f"The image was made with the model {provenance['model']}; this one is {found['model']}.")
+        return self(**call_arguments(provenance)).images[provenance["image"]]
 
 
 # `DiffusionPipeline.from_pretrained` ignores a component that is passed to it if the argument here has a default
