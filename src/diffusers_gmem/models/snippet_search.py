@@ -60,9 +60,11 @@ def _fast_scores(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores of shape `(q, n)` on the device of the queries, and bounds on their rounding errors, of shape `(q,)`."""
     piece = piece.to(queries.device)
+    scales = None
     if storage.codec.basis is None:
-        snippets = storage.codec.decode(piece).float()
-        products, lengths = queries @ snippets.T, snippets.norm(dim=1)
+        # A cosine needs no scales of int8 rows, and a dot product needs them once per row, not per number
+        numbers, scales = piece.codes.float(), piece.scales
+        products, lengths = queries @ numbers.T, numbers.norm(dim=1)
     else:
         # r numbers per row instead of D; in float64, since the parts of a length can cancel each other out
         basis, mean = (
@@ -80,4 +82,6 @@ def _fast_scores(
     bounds = rounding * queries.norm(dim=1).cpu()
     if metric == "cosine":
         return products / lengths.clamp(min=torch.finfo(torch.float32).tiny), bounds
+    if scales is not None:
+        products, lengths = products * scales, lengths * scales
     return products, bounds * lengths.max().cpu()

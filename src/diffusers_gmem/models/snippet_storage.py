@@ -38,7 +38,7 @@ class StoredRows:
     @property
     def numbers(self) -> torch.Tensor:
         """What the codes stand for."""
-        return self.codes if self.scales is None else self.codes * self.scales[:, None]
+        return self.codes if self.scales is None else self.codes.float().mul_(self.scales[:, None])
 
 
 @dataclass(frozen=True, eq=False)
