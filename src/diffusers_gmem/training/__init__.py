@@ -1,6 +1,7 @@
 from .dataset import GMemLatentTrainingDataset, GMemTrainingDataset
 from .flow_matching import flow_matching_loss, sample_timesteps
 from .sampling_order import BlockOrder, TrainingBatchSampler, sample_generator
+from .throughput import model_flops_per_image, peak_flops
 
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "GMemTrainingDataset",
     "TrainingBatchSampler",
     "flow_matching_loss",
+    "model_flops_per_image",
+    "peak_flops",
     "sample_generator",
     "sample_timesteps",
 ]
