@@ -77,7 +77,7 @@ from diffusers_gmem.data import (
     resize_patch_features,
 )
 from diffusers_gmem.data.arguments import add_image_arguments, name_or_absolute_path, open_image_encoder
-from diffusers_gmem.data.shards import SKIPPED_NAME, write_text
+from diffusers_gmem.data.shards import SKIPPED_NAME, write_json, write_text
 from diffusers_gmem.hub import HubRepo
 from diffusers_gmem.models.latent_normalization import (
     decode_latents,
@@ -90,6 +90,8 @@ from diffusers_gmem.training import (
     GMemTrainingDataset,
     TrainingBatchSampler,
     flow_matching_loss,
+    model_flops_per_image,
+    peak_flops,
 )
 from diffusers_gmem.training.checkpoints import (
     checkpoint_step,
@@ -284,6 +286,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     training.add_argument(
         "--mixed_precision", type=str, choices=["no", "fp16", "bf16"], help="Default: accelerate's configuration."
     )
+    training.add_argument(
+        "--torch_compile",
+        action="store_true",
+        help="Compile the transformer's block, once for all of them: faster from the second step on.",
+    )
     training.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on an NVIDIA GPU.")
 
     objective = parser.add_argument_group("objective")
@@ -334,7 +341,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     saving.add_argument("--logging_steps", type=int, default=50, help="Steps between lines in the log.")
     saving.add_argument("--logging_dir", type=str, default="logs", help="Folder of tracker files in output_dir.")
     saving.add_argument(
-        "--report_to", type=str, default="none", help="Tracker: tensorboard, wandb, trackio, ..., all or none."
+        "--report_to",
+        type=str,
+        default="none",
+        help="Trackers with commas between: tensorboard, wandb, trackio, ...; all or none.",
     )
 
     hub = parser.add_argument_group("the Hub")
@@ -934,14 +944,18 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
+    trackers = [] if args.report_to == "none" else [name.strip() for name in args.report_to.split(",")]
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
+        log_with=trackers or None,
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
         ),
     )
+    missing = set(trackers) - {"all", *(tracker.value for tracker in accelerator.log_with)}
+    if missing:
+        raise ValueError(f"--report_to {args.report_to}: {', '.join(sorted(missing))} is not installed.")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for name in ("accelerate.accelerator", "accelerate.checkpointing", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -1000,12 +1014,15 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     if args.latents_dir is not None:
         latent_shape = source.shape("latents_mean")
     elif vae is not None:
+        ratio = spatial_compression_ratio(vae)
+        if args.resolution % ratio != 0:
+            raise ValueError(f"--resolution must be a multiple of the autoencoder's {ratio}, got {args.resolution}.")
         latents = encode_images(vae, torch.zeros(1, *latent_shape, device=accelerator.device))[0]
         latent_shape = tuple(latents.shape[1:])
-        if latent_shape[1] * spatial_compression_ratio(vae) != args.resolution:
+        if ratio * latent_shape[1] != args.resolution:
             raise ValueError(
-                f"{type(vae).__name__} makes latents of {latent_shape[1]} x {latent_shape[2]} from --resolution "
-                f"{args.resolution}, and of those images of {latent_shape[1] * spatial_compression_ratio(vae)} pixels."
+                f"{type(vae).__name__} makes images of {ratio * latent_shape[1]} pixels, whatever it encodes: give that as "
+                f"--resolution, got {args.resolution}."
             )
     alignment_encoder = encoder.backbone if isinstance(encoder, GMemImageEncoder) else encoder
     if args.alignment == "online":
@@ -1027,6 +1044,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     transformer.train()
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
+    if args.torch_compile:
+        transformer.compile_repeated_blocks(fullgraph=not args.use_lora)
     optimizer = torch.optim.AdamW(
         trained_parameters(transformer),
         lr=args.learning_rate,
@@ -1117,13 +1136,21 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         f"  {args.max_train_steps} optimizer steps = {args.max_train_steps * global_batch_size / len(source):.1f} epochs "
         f"of {len(source)} images; {first_step} steps done."
     )
-    if args.report_to != "none":
+    if trackers:
         # TensorBoard takes no lists, and the token is nobody's business
-        config = {name: str(value) if isinstance(value, list) else value for name, value in vars(args).items()}
-        del config["hub_token"]
-        accelerator.init_trackers("gmem", config=config)
+        settings = {name: str(value) if isinstance(value, list) else value for name, value in vars(args).items()}
+        del settings["hub_token"]
+        logging_dir = Path(args.output_dir, args.logging_dir)
+        logging_dir.mkdir(exist_ok=True)
+        accelerator.init_trackers("gmem", config=settings, init_kwargs={"wandb": {"dir": str(logging_dir)}})
 
-    num_tokens = (latent_shape[1] // accelerator.unwrap_model(transformer).config.patch_size) ** 2
+    config = accelerator.unwrap_model(transformer).config
+    num_tokens = (latent_shape[1] // config.patch_size) ** 2
+    flops_per_image = model_flops_per_image(config, alignment=args.alignment != "none")
+    # LoRA needs less arithmetic, and full precision has another peak
+    peak = None
+    if accelerator.mixed_precision in WEIGHT_DTYPES and not args.use_lora:
+        peak = peak_flops(accelerator.device)
 
     @torch.no_grad()
     def prepare_batch(batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -1194,6 +1221,30 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         folder = Path(args.output_dir, f"{name}-{step}")
         save_checkpoint(args, accelerator, template, transformer, optimizer, ema, step, data_order, log_sums, folder)
 
+    def stop_before_bad_step(loss: float, grad_norm: float) -> None:
+        """Ends a run whose next step is not finite, with all that is needed to look into it."""
+        folder = Path(args.output_dir, f"failed-{step}")
+        where = f"The state before it is in {folder}"
+        if accelerator.distributed_type == "DEEPSPEED":
+            where = "DeepSpeed has taken it into the weights, which are not saved"
+            folder.mkdir(exist_ok=True)
+        else:
+            checkpoint(step, "failed")
+        keys = batch_sampler.samples_of_step(step)
+        names = memory_bank.metadata["image"].take([index for _, index in keys]).to_pylist()
+        if accelerator.is_main_process:
+            samples = [
+                {"epoch": epoch, "index": index, "image": name}
+                for (epoch, index), name in zip(keys, names, strict=True)
+            ]
+            write_json(folder / "samples.json", {"step": step + 1, "samples": samples})
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        raise RuntimeError(
+            f"Step {step + 1} is not finite: its loss is {loss} and the norm of its gradient {grad_norm}. {where}; its "
+            f"samples are in {folder / 'samples.json'}: {shown}. Resume from a checkpoint with a lower --learning_rate, "
+            "or without --mixed_precision fp16."
+        )
+
     # 4. Training
     step = first_step
     progress_bar = tqdm(
@@ -1201,7 +1252,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     )
     stop.begin()
     num_batches = int(sums.pop("num_batches", 0))
-    start_time = time.perf_counter()
+    step_sums: dict[str, torch.Tensor] = {}
+    start_step, start_time = first_step, time.perf_counter()
     for batch in dataloader:
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         latents, alignment_features = prepare_batch(batch)
@@ -1218,12 +1270,18 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
                 memory_dropout_mask=batch["memory_dropout_mask"],
             )
             accelerator.backward(terms["loss"])
+            for name, term in terms.items():
+                step_sums[name] = step_sums.get(name, 0.0) + term.detach().mean()
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(transformer.parameters(), args.max_grad_norm)
+                grad_norm = float(gather_tensor(torch.as_tensor(grad_norm)))
+                # Asked before the weights take it in; to wait for the device costs it the launch of the optimizer. A scaled
+                # gradient may overflow: the scaler then leaves out the step.
+                loss = accelerator.reduce(step_sums["loss"] / args.gradient_accumulation_steps, "mean").item()
+                if not math.isfinite(loss) or (accelerator.scaler is None and not math.isfinite(grad_norm)):
+                    stop_before_bad_step(loss, grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0.0) + term.detach().mean()
         num_batches += 1
         if not accelerator.sync_gradients:
             continue
@@ -1231,35 +1289,34 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         lr_scheduler.step()
         if ema is not None:
             ema.step(trained_parameters(transformer))
+        sums = {name: total + sums.get(name, 0.0) for name, total in step_sums.items()}
+        step_sums = {}
         step += 1
         progress_bar.update()
 
         last_step = step == args.max_train_steps
         if step % args.logging_steps == 0 or last_step:
             logs = {name: accelerator.reduce(total / num_batches, "mean").item() for name, total in sums.items()}
-            if not math.isfinite(logs["loss"]):
-                raise RuntimeError(
-                    f"The loss is {logs['loss']} within the {args.logging_steps} steps before step {step}. Resume from a "
-                    "checkpoint with a lower --learning_rate, or without --mixed_precision fp16."
-                )
-            images = num_batches * args.train_batch_size * accelerator.num_processes
-            logs |= {
-                "lr": lr_scheduler.get_last_lr()[0],
-                "grad_norm": float(grad_norm),
-                "images_per_second": images / (time.perf_counter() - start_time),
-            }
+            rate = (step - start_step) * global_batch_size / (time.perf_counter() - start_time)
+            logs |= {"lr": lr_scheduler.get_last_lr()[0], "grad_norm": grad_norm, "images_per_second": rate}
+            if peak is not None:
+                logs["mfu"] = rate * flops_per_image / (accelerator.num_processes * peak)
             accelerator.log(logs, step=step)
             progress_bar.set_postfix(
-                loss=f"{logs['loss']:.4f}", lr=f"{logs['lr']:.1e}", images_per_s=f"{logs['images_per_second']:.0f}"
+                loss=f"{logs['loss']:.4f}",
+                lr=f"{logs['lr']:.1e}",
+                images_per_s=f"{rate:.0f}",
+                **({"mfu": f"{logs['mfu']:.1%}"} if peak is not None else {}),
             )
-            sums, num_batches, start_time = {}, 0, time.perf_counter()
+            sums, num_batches = {}, 0
+            start_step, start_time = step, time.perf_counter()
         if step % args.checkpointing_steps == 0:
             checkpoint(step)
             if args.checkpoints_total_limit is not None and accelerator.is_main_process:
                 remove_old_checkpoints(args.output_dir, args.checkpoints_total_limit)
         if last_step or (args.validation_steps is not None and step % args.validation_steps == 0):
             validate(step)
-            start_time = time.perf_counter()
+            start_step, start_time = step, time.perf_counter()
         if args.push_to_hub and step % args.checkpointing_steps == 0 and not last_step:
             pipeline = make_pipeline()
             if hub is not None:

@@ -102,3 +102,14 @@ def test_generators_depend_on_seed_epoch_and_index_alone():
     assert draw(0, 1, 2) == draw(0, 1, 2)
     keys = list(itertools.product(range(3), range(3), range(-1, 3)))
     assert len({draw(*key) for key in keys}) == len(keys)
+
+
+def test_the_samples_of_a_step_are_those_of_its_micro_batches_on_all_processes():
+    options = {"num_samples": 10, "batch_size": 2, "seed": 3, "gradient_accumulation_steps": 2, "num_processes": 3}
+    samplers = [TrainingBatchSampler(**options, first_step=0, num_steps=4, process_index=k) for k in range(3)]
+    batches = [list(sampler) for sampler in samplers]
+    for step in range(4):
+        expected = [
+            key for micro_batch in (2 * step, 2 * step + 1) for k in range(3) for key in batches[k][micro_batch]
+        ]
+        assert samplers[1].samples_of_step(step) == expected

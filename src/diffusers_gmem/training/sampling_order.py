@@ -102,25 +102,31 @@ class TrainingBatchSampler:
         self.num_processes = num_processes
         self.process_index = process_index
         self.block_size = block_size
+        self._order = lru_cache(maxsize=1)(self._make_order)
 
     def __len__(self) -> int:
         return (self.num_steps - self.first_step) * self.gradient_accumulation_steps
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order_epoch, order = None, None
         for micro_batch in range(
             self.first_step * self.gradient_accumulation_steps, self.num_steps * self.gradient_accumulation_steps
         ):
             start = (micro_batch * self.num_processes + self.process_index) * self.batch_size
-            batch = []
-            for position in range(start, start + self.batch_size):
-                epoch, offset = divmod(position, self.num_samples)
-                if epoch != order_epoch:
-                    order, order_epoch = self._order(epoch), epoch
-                batch.append((epoch, int(order[offset])))
-            yield batch
+            yield self._samples(start, start + self.batch_size)
 
-    def _order(self, epoch: int) -> Sequence[int] | torch.Tensor:
+    def samples_of_step(self, step: int) -> list[tuple[int, int]]:
+        """The samples of a step in all its micro-batches and on all processes, as (epoch, index)."""
+        size = self.batch_size * self.num_processes * self.gradient_accumulation_steps
+        return self._samples(step * size, (step + 1) * size)
+
+    def _samples(self, start: int, stop: int) -> list[tuple[int, int]]:
+        samples = []
+        for position in range(start, stop):
+            epoch, offset = divmod(position, self.num_samples)
+            samples.append((epoch, int(self._order(epoch)[offset])))
+        return samples
+
+    def _make_order(self, epoch: int) -> Sequence[int] | torch.Tensor:
         if self.block_size is not None:
             return BlockOrder(self.num_samples, self.block_size, self.seed, epoch)
         # -1 is no sample's index: the order has a generator of its own
