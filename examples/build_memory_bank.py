@@ -10,6 +10,10 @@ Builds a memory bank from images, or from embeddings that are there already.
     python examples/build_memory_bank.py --embeddings clip.parquet --embedding_column embedding --output_dir my_bank
     python examples/build_memory_bank.py --dataset_name org/embeddings --embedding_column embedding --output_dir my_bank
 
+With `--text_keys openai/clip-vit-base-patch32` (or another CLIP or SigLIP model) each row also gets the embedding of its image
+by that model, with which `bank.search_text` and `pipe(prompt=...)` find it by words. Where there is a bank in `output_dir`
+already, the keys alone are computed and added to it, by the names of its images.
+
 Row k is image k of the source (less the skipped ones). Run it with any number of processes, on any number of machines that
 share `output_dir`; kill it, and start it again with more or fewer: the bank is the same, byte for byte (on the same kind of
 device). `GMemMemoryBank.from_pretrained` opens it.
@@ -30,7 +34,7 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from diffusers_gmem import GMemMemoryBank
-from diffusers_gmem.data import encode_pixel_values
+from diffusers_gmem.data import encode_pixel_values, encode_text_keys, load_text_key_encoder
 from diffusers_gmem.data.arguments import (
     DTYPES,
     add_encoder_arguments,
@@ -47,6 +51,7 @@ from diffusers_gmem.data.shards import (
     compute_shards,
     memory_bank_of_shards,
     open_folder,
+    read_shards,
     write_skipped_images,
 )
 
@@ -69,9 +74,21 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     embeddings.add_argument("--embedding_labels", type=str, help="For .npy: integers (N,) in another .npy file.")
     add_encoder_arguments(parser)
+    words = parser.add_argument_group("text keys")
+    words.add_argument(
+        "--text_keys",
+        type=str,
+        help="Model of images and texts of transformers, such as CLIP or SigLIP, by name or folder, whose embeddings of the "
+        "images are kept as text keys. Default: none.",
+    )
+    words.add_argument("--text_keys_revision", type=str, help="Its revision.")
     work = add_work_arguments(parser)
     work.add_argument(
-        "--bank_dtype", type=str, default="float32", choices=list(DTYPES), help="In which the snippets are kept."
+        "--bank_dtype",
+        type=str,
+        default="float32",
+        choices=list(DTYPES),
+        help="In which the snippets and the text keys are kept.",
     )
     # So that embeddings are not said to be of an encoder that nobody named
     parser.set_defaults(image_encoder=None)
@@ -83,6 +100,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--embedding_column goes with a .parquet file, got --embeddings {args.embeddings}.")
     if args.embedding_labels is not None and not str(args.embeddings).endswith(".npy"):
         parser.error("--embedding_labels goes with --embeddings of a .npy file.")
+    if args.text_keys is not None and (args.embeddings is not None or args.embedding_column is not None):
+        parser.error("--text_keys needs images, not embeddings.")
     return args
 
 
@@ -132,6 +151,21 @@ def load_embeddings(args: argparse.Namespace) -> GMemMemoryBank:
     return GMemMemoryBank(snippets, labels, id2label=id2label, source_dataset=source, copy=False, **provenance)
 
 
+def rows_of_images(wanted: list[str], names: list[str], source: str) -> list[int]:
+    """For each wanted image its place among the images of a source."""
+    places = {name: place for place, name in enumerate(names)}
+    if len(places) < len(names):
+        raise ValueError(
+            f"The names of the images in {source} are not unique: they do not say which row is which image."
+        )
+    missing = [name for name in wanted if name not in places]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} images of the bank are not in {source}, or cannot be read, the first being {missing[0]!r}."
+        )
+    return [places[name] for name in wanted]
+
+
 def main(args: argparse.Namespace) -> None:
     # A process that is done waits for the others, however long they take
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))])
@@ -139,8 +173,13 @@ def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.num_threads)
     torch.backends.cudnn.deterministic = True
     folder = Path(args.output_dir)
+    present = None
     if (folder / "config.json").exists():
-        raise ValueError(f"There is a {GMemMemoryBank.from_pretrained(folder)} already: take another --output_dir.")
+        present = GMemMemoryBank.from_pretrained(folder)
+        if args.text_keys is None or present.text_model is not None:
+            raise ValueError(f"There is a {present} already: take another --output_dir.")
+        if present.metadata is None or "image" not in present.metadata.column_names:
+            raise ValueError(f"{present} has no column 'image' in its metadata that says which image each row is of.")
     accelerator.wait_for_everyone()
 
     if args.embeddings is not None or args.embedding_column is not None:
@@ -151,20 +190,8 @@ def main(args: argparse.Namespace) -> None:
         accelerator.end_training()
         return
 
-    # 1. Images and encoder
-    args.image_encoder = args.image_encoder or "facebook/dinov2-base"
-    with accelerator.main_process_first():
-        images = open_images(args)
-        encoder, processor = open_image_encoder(args)
-    encoder.to(accelerator.device, DTYPES[args.model_dtype])
-    provenance = {
-        "encoder": name_or_absolute_path(args.image_encoder),
-        "encoder_revision": args.image_encoder_revision,
-        "preprocessing": processor.to_dict(),
-    }
+    # 1. Images and encoders
     settings = {
-        **describe_images(images),
-        **provenance,
         "skip_bad_images": args.skip_bad_images,
         "bank_dtype": args.bank_dtype,
         "model_dtype": args.model_dtype,
@@ -172,23 +199,53 @@ def main(args: argparse.Namespace) -> None:
         "shard_size": args.shard_size,
         "num_threads": args.num_threads,
     }
+    provenance, text_model = {}, {}
+    with accelerator.main_process_first():
+        images = open_images(args)
+        if present is None:
+            args.image_encoder = args.image_encoder or "facebook/dinov2-base"
+            encoder, processor = open_image_encoder(args)
+            encoder.to(accelerator.device, DTYPES[args.model_dtype])
+            provenance = {
+                "encoder": name_or_absolute_path(args.image_encoder),
+                "encoder_revision": args.image_encoder_revision,
+                "preprocessing": processor.to_dict(),
+            }
+        if args.text_keys is not None:
+            key_encoder, key_processor = load_text_key_encoder(args.text_keys, args.text_keys_revision, args.cache_dir)
+            key_encoder.to(accelerator.device, DTYPES[args.model_dtype])
+            text_model = {
+                "model": name_or_absolute_path(args.text_keys),
+                "revision": args.text_keys_revision,
+                "model_type": key_encoder.config.model_type,
+            }
+    settings |= describe_images(images) | provenance | {"text_keys": text_model or None}
     parts = folder / PARTS_FOLDER
     with accelerator.main_process_first():
         open_folder(parts, settings)
 
-    # 2. The snippets
+    # 2. The snippets and the text keys
     def prepare(image: PIL.Image.Image) -> dict[str, torch.Tensor]:
-        return {"pixel_values": processor(images=image, return_tensors="pt").pixel_values[0]}
+        inputs = {}
+        if present is None:
+            inputs["snippets"] = processor(images=image, return_tensors="pt").pixel_values[0]
+        if args.text_keys is not None:
+            inputs["text_keys"] = key_processor(images=image, return_tensors="pt").pixel_values[0]
+        return inputs
 
     def encode(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        pixel_values = inputs["pixel_values"].to(accelerator.device, non_blocking=True)
-        snippets, _ = encode_pixel_values(encoder, pixel_values)
-        return {"snippets": snippets.to(DTYPES[args.bank_dtype]).cpu()}
+        inputs = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in inputs.items()}
+        rows = {}
+        if present is None:
+            rows["snippets"], _ = encode_pixel_values(encoder, inputs["snippets"])
+        if args.text_keys is not None:
+            rows["text_keys"] = encode_text_keys(key_encoder, inputs["text_keys"])
+        return {name: tensor.to(DTYPES[args.bank_dtype]).cpu() for name, tensor in rows.items()}
 
     shards = compute_shards(
         accelerator,
         parts,
-        "snippets",
+        "snippets" if present is None else "text_keys",
         images,
         prepare,
         encode,
@@ -200,7 +257,12 @@ def main(args: argparse.Namespace) -> None:
 
     # 3. The bank
     if accelerator.is_main_process:
-        bank = memory_bank_of_shards(parts, shards, images, **provenance)
+        bank = memory_bank_of_shards(parts, shards, images, **provenance) if present is None else present
+        if args.text_keys is not None:
+            text_keys, names = read_shards(parts, shards, "text_keys")
+            if present is not None:
+                text_keys = text_keys[rows_of_images(bank.metadata["image"].to_pylist(), names, images.name)]
+            bank = bank.with_text_keys(text_keys, **text_model)
         num_skipped = write_skipped_images(folder / SKIPPED_NAME, parts, shards)
         bank.save_pretrained(folder)
         shutil.rmtree(parts)

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,14 +11,23 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from tiny_clip import save_model
 from tiny_training import EXAMPLES, command_line, load_script, run_script, save_digits, save_image_encoder
+from transformers import AutoTokenizer, CLIPModel, CLIPTextModelWithProjection
 
 from diffusers_gmem import GMemMemoryBank
-from diffusers_gmem.data import ImageSource, compute_snippets, load_image_encoder
+from diffusers_gmem.data import (
+    ImageSource,
+    compute_snippets,
+    encode_text_keys,
+    load_image_encoder,
+    load_text_key_encoder,
+)
 
 
 SCRIPT = EXAMPLES / "build_memory_bank.py"
 NUM_IMAGES = 50
+PROMPTS = {3: "a red mug", 17: "two dogs", 41: "the sea"}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +61,14 @@ def image_arguments(workplace, output_dir, **overrides):
 
 def contents(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def clip(workplace):
+    """A model in which each of the prompts has the embedding of one image, by its number in the source."""
+    source = ImageSource(str(workplace / "images"), cache_dir=str(workplace / "cache"))
+    save_model(workplace / "clip", list(PROMPTS.values()), [source[row] for row in PROMPTS])
+    return workplace / "clip"
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +116,8 @@ def test_two_processes_write_the_same_bytes(finished, workplace, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_restarted_it_writes_the_same_bytes(script, workplace, tmp_path):
-    small = {"shard_size": 1, "batch_size": 1}
+def test_killed_and_restarted_it_writes_the_same_bytes(script, workplace, clip, tmp_path):
+    small = {"shard_size": 1, "batch_size": 1, "text_keys": clip}
     run_script(script, image_arguments(workplace, tmp_path / "whole", **small))
     killed = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, SCRIPT, *image_arguments(workplace, killed, **small)])
@@ -110,7 +128,9 @@ def test_killed_and_restarted_it_writes_the_same_bytes(script, workplace, tmp_pa
     process.wait()
     assert 5 <= len(list(killed.glob("parts/*.safetensors"))) < NUM_IMAGES
     with pytest.raises(ValueError, match="batch_size: 1 there, 2 now"):
-        run_script(script, image_arguments(workplace, killed, shard_size=1, batch_size=2))
+        run_script(script, image_arguments(workplace, killed, **small | {"batch_size": 2}))
+    with pytest.raises(ValueError, match="text_keys: .* there, None now"):
+        run_script(script, image_arguments(workplace, killed, shard_size=1, batch_size=1))
     run_script(script, image_arguments(workplace, killed, **small))
     assert contents(killed) == contents(tmp_path / "whole")
 
@@ -130,6 +150,77 @@ def test_broken_images_are_skipped_and_listed(script, workplace, tmp_path, caplo
     assert bank.dtype == torch.float16
     assert "3.png" in (tmp_path / "out" / "skipped_images.txt").read_text()
     assert "1 images could not be read" in caplog.text
+
+
+# Text keys
+
+
+@pytest.fixture(scope="module")
+def finished_with_keys(script, workplace, clip):
+    run_script(script, image_arguments(workplace, workplace / "with_keys", text_keys=clip))
+    return workplace / "with_keys"
+
+
+def found_rows(bank, clip):
+    text_encoder = CLIPTextModelWithProjection.from_pretrained(clip)
+    tokenizer = AutoTokenizer.from_pretrained(clip)
+    return bank.search_text(list(PROMPTS.values()), 1, text_encoder, tokenizer)[1].flatten().tolist()
+
+
+def test_text_keys(finished_with_keys, finished, workplace, clip):
+    bank = GMemMemoryBank.from_pretrained(finished_with_keys)
+    bank.verify()
+    assert bank.text_model == {"name": str(clip), "revision": None, "type": "clip", "dim": 12}
+    model, processor = load_text_key_encoder(str(clip))
+    source = ImageSource(str(workplace / "images"), cache_dir=str(workplace / "cache"))
+    pixel_values = processor(images=[source[row] for row in range(NUM_IMAGES)], return_tensors="pt").pixel_values
+    torch.testing.assert_close(bank.text_keys, encode_text_keys(model, pixel_values), rtol=1e-4, atol=1e-5)
+    assert found_rows(bank, clip) == list(PROMPTS)
+    # All else is as without keys
+    plain = GMemMemoryBank.from_pretrained(finished)
+    assert bank.fingerprint == plain.fingerprint and bank.metadata.equals(plain.metadata)
+    assert bank.encoder == plain.encoder and not (finished_with_keys / "parts").exists()
+
+
+def test_text_keys_are_added_to_a_bank(script, finished, finished_with_keys, workplace, clip, tmp_path):
+    shutil.copytree(finished, tmp_path / "whole")
+    run_script(script, image_arguments(workplace, tmp_path / "whole", text_keys=clip))
+    assert contents(tmp_path / "whole") == contents(finished_with_keys)
+    with pytest.raises(ValueError, match=r"There is a .*with text keys.* already"):
+        run_script(script, image_arguments(workplace, tmp_path / "whole", text_keys=clip))
+
+    # By name: of some rows in another order
+    some = GMemMemoryBank.from_pretrained(finished).select([41, 0, 3, 17, 3])
+    some.save_pretrained(tmp_path / "some")
+    run_script(script, image_arguments(workplace, tmp_path / "some", text_keys=clip, bank_dtype="float16"))
+    bank = GMemMemoryBank.from_pretrained(tmp_path / "some")
+    assert found_rows(bank, clip) == [2, 3, 0] and bank.text_keys.dtype == torch.float16
+    assert torch.equal(bank[:], some[:]) and bank.history == some.history
+
+
+def test_banks_that_no_text_keys_can_be_added_to(script, finished, workplace, clip, tmp_path):
+    bank = GMemMemoryBank.from_pretrained(finished)
+    GMemMemoryBank(bank[:]).save_pretrained(tmp_path / "unnamed")
+    with pytest.raises(ValueError, match="no column 'image' in its metadata"):
+        run_script(script, image_arguments(workplace, tmp_path / "unnamed", text_keys=clip))
+    GMemMemoryBank(bank[:2], metadata={"image": ["0/000.png", "gone.png"]}).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"1 images of the bank are not in images.*'gone\.png'"):
+        run_script(script, image_arguments(workplace, tmp_path / "other", text_keys=clip))
+    with pytest.raises(ValueError, match="The names of the images in x are not unique"):
+        script.rows_of_images(["a"], ["a", "b", "a"], "x")
+
+
+def test_models_that_make_no_text_keys(script, workplace, clip, tmp_path):
+    with pytest.raises(ValueError, match="is a Dinov2Model, which does not embed images and texts in one space"):
+        run_script(script, image_arguments(workplace, tmp_path / "out", text_keys=workplace / "encoder"))
+    model = CLIPModel.from_pretrained(clip)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "visual_projection.weight"}
+    model.save_pretrained(tmp_path / "half", state_dict=weights)
+    with pytest.raises(ValueError, match="has not all weights of CLIPModel.*visual_projection"):
+        load_text_key_encoder(str(tmp_path / "half"))
+
+
+# Embeddings
 
 
 def test_embeddings_of_a_numpy_file(script, tmp_path):
@@ -196,6 +287,7 @@ def test_vectors_of_unequal_length_are_refused(script, tmp_path):
         (["--embeddings", "a.npy", "--train_data_dir", "b"], "either --embeddings or a source of images"),
         (["--embeddings", "a.parquet"], "--embedding_column goes with a .parquet file"),
         (["--embeddings", "a.npy", "--embedding_column", "b"], "--embedding_column goes with a .parquet file"),
+        (["--embeddings", "a.npy", "--text_keys", "b"], "--text_keys needs images"),
         (["--embedding_labels", "a.npy"], "--embedding_labels goes with --embeddings of a .npy file"),
     ],
 )

@@ -64,6 +64,17 @@ def test_memory_bank_card(bank):
     assert 'squash_history("me/snippets", repo_type="dataset")' in parts["Removing an entry"]
 
 
+def test_a_bank_with_text_keys(bank):
+    assert "search_text" not in memory_bank_card(bank, "me/snippets").text
+    card = memory_bank_card(bank.with_text_keys(torch.ones(7, 5), "org/clip", "abc", "clip"), "me/snippets")
+    check_form(card)
+    assert "| text keys | 5 numbers for each snippet, by org/clip, revision abc |" in card.text
+    assert 'bank.search_text("a red mug", 8,' in card.text and 'pipe(prompt="a red mug")' in card.text
+    card = memory_bank_card(bank.with_text_keys(torch.ones(7, 5), "/home/me/clip"), "me/snippets")
+    check_form(card)
+    assert "by a local path, `clip`, revision not recorded |" in card.text and "/home" not in card.text
+
+
 def test_what_a_bank_does_not_know_is_not_recorded():
     card = memory_bank_card(GMemMemoryBank(torch.eye(3)), "me/snippets")
     check_form(card)

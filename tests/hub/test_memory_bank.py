@@ -17,10 +17,12 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(transfer, "SECONDS_BETWEEN_ATTEMPTS", 0.0)
 
 
-@pytest.fixture(params=["float32", "int8", "low rank"])
+@pytest.fixture(params=["float32", "int8", "low rank", "text keys"])
 def stored_bank(bank, request):
     if request.param == "float32":
         return bank
+    if request.param == "text keys":
+        return bank.with_text_keys(torch.randn(7, 5, generator=torch.Generator().manual_seed(1)), "org/clip")
     return bank.compress(dtype="int8") if request.param == "int8" else bank.compress(rank=3)
 
 
@@ -30,7 +32,12 @@ def push_in_shards(bank):
 
 
 def shards(hub):
-    return [int(match[1]) for name in hub.downloaded("me/snippets") if (match := re.search(r"-(\d+)-of-00004", name))]
+    """The numbers of the shards that were downloaded, each of them with its text keys where the bank has any."""
+    names = hub.downloaded("me/snippets")
+    of_keys = [int(match[1]) for name in names if (match := re.search(r"text_keys-(\d+)-of-00004", name))]
+    of_rows = [int(match[1]) for name in names if (match := re.search(r"bank-(\d+)-of-00004", name))]
+    assert not of_keys or sorted(of_keys) == sorted(of_rows)
+    return of_rows
 
 
 def assert_same(bank, expected):
@@ -38,6 +45,8 @@ def assert_same(bank, expected):
     assert bank.metadata.equals(expected.metadata) and bank.fingerprint == expected.fingerprint
     for name in ("id2label", "encoder", "encoder_revision", "preprocessing", "source_dataset", "dtype", "rank"):
         assert getattr(bank, name) == getattr(expected, name)
+    assert bank.text_model == expected.text_model
+    assert bank.text_keys is None or torch.equal(bank.text_keys, expected.text_keys)
 
 
 def test_push_and_open(hub, stored_bank):

@@ -331,6 +331,16 @@ def memory_bank_of_shards(
     )
 
 
+def read_shards(folder: Path, shards: list[Shard], name: str) -> tuple[torch.Tensor, list[str]]:
+    """A tensor of all shards, one after the other, and the names of the images that its rows are of."""
+    rows, names = [], []
+    for shard in shards:
+        with safe_open(folder / shard.file, framework="pt") as file:
+            rows.append(file.get_tensor(name))
+        names += read_header(folder / shard.file)["names"]
+    return torch.cat(rows), names
+
+
 def read_header(path: Path) -> dict[str, Any]:
     """What is beside the tensors in a shard: the `names` of its images, and which were `skipped`."""
     with safe_open(path, framework="pt") as file:
