@@ -75,6 +75,17 @@ def test_a_bank_with_text_keys(bank):
     assert "by a local path, `clip`, revision not recorded |" in card.text and "/home" not in card.text
 
 
+def test_a_bank_with_an_index():
+    rows = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    bank = GMemMemoryBank(rows).with_index(recall=0.8, k=5)
+    card = memory_bank_card(bank, "me/snippets")
+    check_form(card)
+    index = bank.approximate_index
+    searched = f"{index['num_probes']} of 20 lists are searched, which finds {index['recall']:.3f} of the 5 nearest"
+    assert f"| approximate index | {searched} |" in card.text
+    assert "index" not in memory_bank_card(bank.select([0]), "me/snippets").text
+
+
 def test_what_a_bank_does_not_know_is_not_recorded():
     card = memory_bank_card(GMemMemoryBank(torch.eye(3)), "me/snippets")
     check_form(card)

@@ -17,12 +17,13 @@ def no_waiting(monkeypatch):
     monkeypatch.setattr(transfer, "SECONDS_BETWEEN_ATTEMPTS", 0.0)
 
 
-@pytest.fixture(params=["float32", "int8", "low rank", "text keys"])
+@pytest.fixture(params=["float32", "int8", "low rank", "text keys and index"])
 def stored_bank(bank, request):
     if request.param == "float32":
         return bank
-    if request.param == "text keys":
-        return bank.with_text_keys(torch.randn(7, 5, generator=torch.Generator().manual_seed(1)), "org/clip")
+    if request.param == "text keys and index":
+        text_keys = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+        return bank.with_text_keys(text_keys, "org/clip").with_index(k=2)
     return bank.compress(dtype="int8") if request.param == "int8" else bank.compress(rank=3)
 
 
@@ -45,7 +46,7 @@ def assert_same(bank, expected):
     assert bank.metadata.equals(expected.metadata) and bank.fingerprint == expected.fingerprint
     for name in ("id2label", "encoder", "encoder_revision", "preprocessing", "source_dataset", "dtype", "rank"):
         assert getattr(bank, name) == getattr(expected, name)
-    assert bank.text_model == expected.text_model
+    assert bank.text_model == expected.text_model and bank.approximate_index == expected.approximate_index
     assert bank.text_keys is None or torch.equal(bank.text_keys, expected.text_keys)
 
 
@@ -91,7 +92,7 @@ def test_some_rows(hub, stored_bank, wanted, rows, needed, tmp_path):
     push_in_shards(stored_bank)
     hub.requests.clear()
     some = GMemMemoryBank.from_pretrained("me/snippets", **wanted)
-    assert sorted(shards(hub)) == needed
+    assert sorted(shards(hub)) == needed and not any("index" in name for name in hub.downloaded("me/snippets"))
     expected = stored_bank.select(rows)
     assert_same(some, expected)
     assert some.history[-1]["parents"] == [stored_bank.fingerprint] and some.descends_from(stored_bank.fingerprint)

@@ -178,7 +178,7 @@ def test_save_and_open(dtype, tmp_path):
     assert len(names) == 3 and all(
         re.fullmatch(r"memory_bank-text_keys-0000\d-of-00003-\w{8}\.safetensors", n) for n in names
     )
-    assert not opened.has_new_text_keys and make_bank().has_new_text_keys
+    assert not opened.has_additions and make_bank().has_additions
     assert (
         reopen(opened.select([3, 0]), tmp_path).text_keys.tolist() == make_bank(dtype=dtype).text_keys[[3, 0]].tolist()
     )
@@ -287,7 +287,11 @@ def test_keys_that_were_added_to_an_opened_bank_leave_its_files_to_be_verified(t
     GMemMemoryBank(normal(7, 6), LABELS).save_pretrained(tmp_path)
     bank = GMemMemoryBank.from_pretrained(tmp_path).with_text_keys(normal(7, 4))
     bank.verify()
-    (path,) = tmp_path.glob("memory_bank-0*")
+    bank.save_pretrained(tmp_path, max_shard_size=3 * 24)
+    bank = GMemMemoryBank.from_pretrained(tmp_path).with_text_keys(normal(7, 5))
+    bank.verify()
+    assert bank.has_additions
+    path = min(tmp_path.glob("memory_bank-0*"))
     path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(ValueError, match=f"{path.name} is damaged"):
         bank.verify()

@@ -78,6 +78,12 @@ def memory_bank_card(
     if text_model is not None:
         made_by = f"{_cell(_public(text_model['name']))}, revision {_cell(text_model['revision'])}"
         facts["text keys"] = f"{text_model['dim']} numbers for each snippet, by {made_by}"
+    if bank.approximate_index is not None:
+        facts["approximate index"] = (
+            "{num_probes} of {num_lists} lists are searched, which finds {recall:.3f} of the {k} nearest".format(
+                **bank.approximate_index
+            )
+        )
     if bank.reconstruction_error is None:
         del facts["relative reconstruction error"]
     classes = []

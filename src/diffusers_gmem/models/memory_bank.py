@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ..hub.locate import locate_memory_bank
+from .approximate_index import ApproximateIndex
 from .low_rank import low_rank_basis
 from .memory_bank_files import (
     CLASS_NAME,
@@ -229,6 +230,7 @@ class GMemMemoryBank:
             _id2label=id2label,
             _text_keys=None,
             _text_model=None,
+            _index=None,
             encoder=encoder,
             encoder_revision=encoder_revision,
             _preprocessing=preprocessing,
@@ -313,9 +315,21 @@ class GMemMemoryBank:
         return None if self._text_model is None else dict(self._text_model)
 
     @property
-    def has_new_text_keys(self) -> bool:
-        """Whether the bank has text keys that are not in the files it was opened from."""
-        return self._text_keys is not None and (self._manifest is None or not self._manifest.text_keys)
+    def approximate_index(self) -> dict[str, Any] | None:
+        """The approximate index ([`~GMemMemoryBank.with_index`]), or `None`: of its `num_lists` lists a search looks into
+        `num_probes`, and finds the part `recall` of the exact `k` nearest."""
+        if self._index is None:
+            return None
+        numbers = {name: getattr(self._index, name) for name in ("num_probes", "k", "recall")}
+        return {"num_lists": len(self._index.centroids), **numbers}
+
+    @property
+    def has_additions(self) -> bool:
+        """Whether the bank has text keys or an index that are not in the files it was opened from."""
+        manifest = self._manifest or Manifest([])
+        return (self._text_keys is not None and not manifest.text_keys) or (
+            self._index is not None and manifest.index is None
+        )
 
     @property
     def preprocessing(self) -> dict[str, Any] | None:
@@ -679,11 +693,11 @@ class GMemMemoryBank:
         return parts
 
     def nearest(
-        self, query: int | Sequence[int] | torch.Tensor, k: int, metric: str = "cosine"
+        self, query: int | Sequence[int] | torch.Tensor, k: int, metric: str = "cosine", approximate: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The rows with the highest scores, by an exact search that streams over the rows in pieces: it takes little memory
-        beside the (mapped) rows themselves.
+        beside the (mapped) rows themselves. Or some of these rows, faster, by an approximate one.
 
         Args:
             query (`torch.Tensor`, `int` or `list[int]`):
@@ -692,6 +706,10 @@ class GMemMemoryBank:
             k (`int`): How many rows, 1 to N.
             metric (`str`, defaults to `"cosine"`):
                 `"cosine"` of the angle between query and row (0 for a row that is the zero vector), or `"dot"` product.
+            approximate (`bool`, defaults to `False`):
+                Whether to look only into that part of the rows in which an index expects the nearest, by the cosine
+                ([`~GMemMemoryBank.with_index`]). The scores are exact; rows with higher ones may be missed. Queries are
+                searched one by one: for many at a time the exact search can be as fast.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: scores, float32, and row numbers, int64, both on the CPU and of shape
@@ -699,7 +717,8 @@ class GMemMemoryBank:
 
         Raises:
             `IndexError`, `ValueError`: a row that is not in the bank, a query of another shape or, for the cosine, of length
-                zero, a `k` beyond the bank, or an unknown metric.
+                zero, a `k` beyond the bank, or an unknown metric; an approximate search without an index, or not by the
+                cosine.
         """
         if metric not in SEARCH_METRICS:
             raise ValueError(f"`metric` is {metric!r}, but accepted are {_some(list(SEARCH_METRICS))}.")
@@ -711,7 +730,13 @@ class GMemMemoryBank:
             queries = queries[None]
         if metric == "cosine" and not queries.norm(dim=1).all():
             raise ValueError("`query` holds the zero vector, which has no direction: its cosine is undefined.")
-        scores, rows = nearest_snippets(self._storage, queries, k, metric)
+        if not approximate:
+            scores, rows = nearest_snippets(self._storage, queries, k, metric)
+        elif self._index is None or metric != "cosine":
+            has = "no index: make one with `with_index`" if self._index is None else "an index for the cosine alone"
+            raise ValueError(f"`approximate` is True and `metric` is {metric!r}, but this bank has {has}.")
+        else:
+            scores, rows = self._index.nearest(self._storage, queries, k)
         return (scores[0], rows[0]) if single else (scores, rows)
 
     def search_text(
@@ -810,6 +835,37 @@ class GMemMemoryBank:
             _text_keys=SnippetStorage(SnippetCodec(text_keys.dtype), (StoredRows(text_keys),)),
             _text_model={"name": model, "revision": revision, "type": model_type, "dim": text_keys.shape[1]},
             _manifest=self._manifest and self._manifest._replace(text_keys=()),
+        )
+        return bank
+
+    def with_index(self, recall: float = 0.95, k: int = 10, seed: int = 0) -> "GMemMemoryBank":
+        """
+        The same bank with an index for `nearest(..., approximate=True)`; a file of its own holds it. It puts the rows into
+        about sqrt(N) lists by their direction, and a search looks into a few of these. Edits drop it, as it is of these very
+        rows; text keys are searched without it. The same arguments give the same index on the same machine.
+
+        Args:
+            recall (`float`, defaults to 0.95):
+                Which part of the exact `k` nearest rows to find, in the mean over up to 256 rows of the bank (each of which
+                is left out of its own neighbours). It decides into how many lists a search looks. What is reached with as
+                many other rows is measured and recorded: [`~GMemMemoryBank.approximate_index`].
+            k (`int`, defaults to 10): Of how many neighbours the recall is.
+            seed (`int`, defaults to 0): Of the choice of rows, and of the clustering.
+
+        Raises:
+            `ImportError`: faiss is not installed (the extra "index").
+            `ValueError`: a recall that is not above 0 and at most 1, a `k` that is not in 1 to N - 1, or less than two rows
+                other than the zero vector.
+        """
+        if not 0 < recall <= 1:
+            raise ValueError(f"`recall` is {recall}, but has to be above 0 and at most 1.")
+        if not 1 <= k < len(self):
+            raise ValueError(f"`k` is {k}, but accepted is 1 to {len(self) - 1}.")
+        bank = type(self).__new__(type(self))
+        bank._set(**vars(self))
+        bank._set(
+            _index=ApproximateIndex.build(self._storage, recall, k, seed),
+            _manifest=self._manifest and self._manifest._replace(index=None),
         )
         return bank
 
@@ -1030,7 +1086,7 @@ class GMemMemoryBank:
         bank = type(self).__new__(type(self))
         computed_from_rows = ("metadata", "fingerprint")
         bank._set(**{name: value for name, value in vars(self).items() if name not in computed_from_rows})
-        bank._set(_folder=None, _manifest=None, **changes)
+        bank._set(_folder=None, _manifest=None, _index=None, **changes)
         # In this order, so that a pickle never nests deeply: a bank's history comes after those of its parents
         edits = [edit for parent in parents for edit in parent._history]
         edit = _Edit({**record, "count": len(bank)}, parents)
@@ -1055,7 +1111,8 @@ class GMemMemoryBank:
     def save_pretrained(self, save_directory: str | os.PathLike, max_shard_size: int | str = "1GB") -> None:
         """
         Writes the bank into a folder: `config.json`, the rows in safetensors shards, and, where the bank has them, the
-        labels in a safetensors file, `metadata.parquet`, and the text keys in as many shards as the rows.
+        labels and the index in a safetensors file each, `metadata.parquet`, and the text keys in as many shards as the
+        rows.
 
         A folder holds one bank. Saving over another one leaves, whatever the moment of a kill or a full disk, the old
         bank whole or the new one whole: the new files lie beside the old ones until renaming `config.json`, which
@@ -1133,6 +1190,9 @@ class GMemMemoryBank:
         if self._labels is not None:
             save_file({"labels": self._labels}, temporary)
             files["labels"] = finish("labels", count)
+        if self._index is not None:
+            save_file({name: getattr(self._index, name) for name in ("centroids", "rows", "starts")}, temporary)
+            files["index"] = finish("index", count)
         if self.metadata is not None:
             import pyarrow.parquet
 
@@ -1155,6 +1215,7 @@ class GMemMemoryBank:
             "source_dataset": self.source_dataset,
             "id2label": self._id2label,
             "text_model": self._text_keys and {**self._text_model, "dtype": dtype_name(self._text_keys.codec.dtype)},
+            "index": self._index and {**self.approximate_index, "fingerprint": self.fingerprint},
             "files": files,
         }
         config_path = folder / TEMPORARY_CONFIG
@@ -1266,6 +1327,7 @@ class GMemMemoryBank:
             _id2label=config["id2label"],
             _text_keys=None,
             _text_model=text_model,
+            _index=None,
             encoder=config["encoder"],
             encoder_revision=config["encoder_revision"],
             _preprocessing=config["preprocessing"],
@@ -1297,7 +1359,13 @@ class GMemMemoryBank:
         bank._set(_storage=SnippetStorage(codec, tuple(blocks)))
         if text_model is not None:
             bank._set(_text_keys=SnippetStorage(SnippetCodec(key_dtype), tuple(key_blocks)))
-        return bank if rows is None else bank.select(rows)
+        if rows is not None:
+            bank._set(_manifest=manifest._replace(index=None))  # not fetched, so not to be verified
+            return bank.select(rows)
+        if manifest.index is not None:
+            fetch([manifest.index])
+            bank._set(_index=_open_index(folder, manifest.index, config["index"], bank.shape))
+        return bank
 
     def verify(self) -> None:
         """
@@ -1333,7 +1401,7 @@ class GMemMemoryBank:
                     raise ValueError(f"{path} is not finite: row {start + bad_row} of the bank holds NaN or infinity.")
                 check_sha256(path, entry)
             start = (start + entry.rows) % len(self)  # the text keys start anew
-        for entry in (self._manifest.basis, self._manifest.labels):
+        for entry in (self._manifest.basis, self._manifest.labels, self._manifest.index):
             if entry is not None:
                 check_size(self._folder / entry.file, entry)
                 check_sha256(self._folder / entry.file, entry)
@@ -1424,6 +1492,17 @@ def _as_table(metadata: "Mapping[str, Sequence] | pyarrow.Table", count: int) ->
     if metadata.num_rows != count:
         raise ValueError(f"`metadata` has to have {count} rows, but has {metadata.num_rows}.")
     return metadata
+
+
+def _open_index(folder: Path, entry: BankFile, numbers: dict[str, Any], shape: tuple[int, int]) -> ApproximateIndex:
+    num_lists = numbers["num_lists"]
+    expected = {
+        "centroids": (torch.float32, (num_lists, shape[1])),
+        "rows": (torch.int64, (shape[0],)),
+        "starts": (torch.int64, (num_lists + 1,)),
+    }
+    tensors = open_tensors(folder / entry.file, entry, expected)
+    return ApproximateIndex(**tensors, **{name: numbers[name] for name in ("num_probes", "k", "recall")})
 
 
 def _joint_schema(parts: Sequence["pyarrow.Table | _MetadataFile | int"]) -> "pyarrow.Schema | None":

@@ -25,7 +25,7 @@ FORMAT_VERSION = 1
 # Everything that a save writes, `config.json` and `metadata.parquet` apart. The eight digits are the start of the file's
 # SHA-256, so that a file never takes the name of another with other content.
 _OWN_FILE = re.compile(
-    r"memory_bank-(((text_keys-)?\d+-of-\d+|basis|labels)-[0-9a-f]{8}\.safetensors|metadata-[0-9a-f]{8}\.parquet|(file|config)\.tmp)"
+    r"memory_bank-(((text_keys-)?\d+-of-\d+|basis|labels|index)-[0-9a-f]{8}\.safetensors|metadata-[0-9a-f]{8}\.parquet|(file|config)\.tmp)"
 )
 _FINGERPRINT = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -47,9 +47,10 @@ class Manifest(NamedTuple):
     labels: BankFile | None = None
     metadata: BankFile | None = None
     text_keys: tuple[BankFile, ...] = ()
+    index: BankFile | None = None
 
     def beside_metadata(self) -> list[BankFile]:
-        singles = (entry for entry in (self.basis, self.labels) if entry is not None)
+        singles = (entry for entry in (self.basis, self.labels, self.index) if entry is not None)
         return [*self.snippets, *self.text_keys, *singles]
 
 
@@ -150,8 +151,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Manifest]:
             config["id2label"] = {int(i): name for i, name in config["id2label"].items()}
 
         files = config["files"]
-        single = {name: files[name] and BankFile(**files[name]) for name in ("basis", "labels", "metadata")}
-        text_keys = tuple(BankFile(**entry) for entry in files.get("text_keys", ()))
+        files = {"text_keys": (), "index": None, **files}
+        single = {name: files[name] and BankFile(**files[name]) for name in ("basis", "labels", "metadata", "index")}
+        text_keys = tuple(BankFile(**entry) for entry in files["text_keys"])
         manifest = Manifest([BankFile(**entry) for entry in files["snippets"]], **single, text_keys=text_keys)
         if (manifest.basis is None) != (rank is None):
             raise ValueError(f"`rank` is {rank}, but the file of the basis is {files['basis']}")
@@ -165,6 +167,16 @@ def read_config(folder: Path) -> tuple[dict[str, Any], Manifest]:
                 text_model[name]
             if [entry.rows for entry in text_keys] != [entry.rows for entry in manifest.snippets]:
                 raise ValueError("the shards of the text keys do not have as many rows as those of the snippets")
+        index = config.setdefault("index", None)
+        if (index is None) != (manifest.index is None):
+            raise ValueError(f"`index` is {index}, but its file is {files['index']}")
+        if index is not None:
+            if index["fingerprint"] != config["fingerprint"]:
+                raise ValueError(
+                    f"its index is of the bank {index['fingerprint']}, but this is the bank {config['fingerprint']}"
+                )
+            for name in ("num_lists", "num_probes", "k", "recall"):
+                index[name]
         for entry in manifest.beside_metadata():
             if not _OWN_FILE.fullmatch(entry.file):
                 raise ValueError(f"{entry.file!r} is not a file name of a memory bank")

@@ -377,7 +377,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             memory_bank_source (`dict`, *optional*):
                 `{"subfolder": "bank"}` writes the bank; `{"repo_id": ..., "revision": ...}` points to the data set
                 repository on the Hub, and the commit or tag there, that hold it. By default the bank is written, unless
-                the pipeline was loaded with a pointer to it, which then stays (unless text keys were added since).
+                the pipeline was loaded with a pointer to it, which then stays (unless text keys or an index were added since).
             kwargs: those of [`DiffusionPipeline.save_pretrained`].
 
         Raises:
@@ -387,7 +387,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         bank = self.memory_bank
         keeps_pointer = memory_bank_source is None and source is not None and "repo_id" in source
         if keeps_pointer and bank is not None:
-            keeps_pointer = bank.fingerprint == source["fingerprint"] and not bank.has_new_text_keys
+            keeps_pointer = bank.fingerprint == source["fingerprint"] and not bank.has_additions
         if keeps_pointer:
             saved_source = source
         else:
