@@ -5,7 +5,7 @@
 Converts files of the public reference implementation (LINs-lab/GMem) into a complete pipeline.
 
     python scripts/convert_gmem_to_diffusers.py --checkpoint 0200000.pt --config gmem_sde_xl.yaml \
-        --bank in1k256_bank.pth --bank_encoder dinov2_vitb14 \
+        --bank in1k256_bank.pth --bank_encoder dinov2_vitb14 --image_encoder facebook/dinov2-base \
         --vae vavae-imagenet256-f16d32-dinov2.pt --latents_stats latents_stats.pt --output_dir gmem-xl
 
 `GMemPipeline.from_pretrained("gmem-xl")` loads the result; the log ends with the arguments to call it with. The Python
@@ -34,6 +34,7 @@ from diffusers_gmem.conversion import (
     sampling_arguments,
     select_weights,
 )
+from diffusers_gmem.data import load_bank_encoder
 
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         choices=["dinov2_vitb14"],
         help="Record this encoder in the bank, with the preprocessing of the reference's own scripts. Only for banks that "
         "they built. Default: nothing is recorded.",
+    )
+    parser.add_argument(
+        "--image_encoder",
+        type=str,
+        help="Add this encoder, for generating from images: with --bank_encoder dinov2_vitb14 the DINOv2 of transformers, "
+        "facebook/dinov2-base or a folder of it, which gets the reference's position table. Default: none.",
     )
     parser.add_argument("--vae", type=Path, help="The tokenizer: an LDM-style KL autoencoder such as VA-VAE.")
     parser.add_argument("--latents_stats", type=Path, help="Mean and standard deviation of its latents.")
@@ -137,6 +144,11 @@ def main(args: argparse.Namespace) -> None:
         latents_stats=None if args.latents_stats is None else load_checkpoint(args.latents_stats),
         num_attention_heads=args.num_attention_heads,
     )
+    if args.image_encoder is not None:
+        if pipe.memory_bank is None:
+            raise ValueError("`--image_encoder` is that of the bank: pass `--bank`, too.")
+        encoder, processor = load_bank_encoder(pipe.memory_bank, args.image_encoder)
+        pipe.register_modules(image_encoder=encoder, image_processor=processor)
     call = ", ".join(f"{name}={value}" for name, value in sampling_arguments(config).items())
     save_as_a_whole(pipe, output_dir)
     logger.info(f"Saved {args.output_dir}. As configured, it is called with {call}.")

@@ -911,7 +911,7 @@ def error(pattern, **arguments):
         error("NaN or infinity", memory=torch.full((16,), torch.nan)),
         error("NaN or infinity", memory=torch.full((16,), 1e300, dtype=torch.float64)),
         # images
-        error("`image` must be a PIL image, .* got 'mug.png'", image="mug.png"),
+        error("`image` must be a PIL image, .* got 7", image=7),
         error(r"`image` must be a PIL image, .* got \[\]", image=[]),
         error("`image` must be a PIL image, .* got 5", image=5),
         # numbers

@@ -12,16 +12,17 @@ from ..models.memory_bank import GMemMemoryBank
 
 
 # What made the snippets of the reference's own banks (its `models/dinov2.py` and `datasets/construct_memory_bank.py`).
-# Fitting arguments of `convert_memory_bank`.
+# Fitting arguments of `convert_memory_bank`; `load_bank_encoder` of `diffusers_gmem.data` loads that encoder.
 REFERENCE_ENCODER = {
     "encoder": "facebookresearch/dinov2:dinov2_vitb14",
     "preprocessing": {
+        "image_processor_type": "GMemImageProcessor",
         "crop_size": 256,
         "image_mean": [0.485, 0.456, 0.406],
         "image_std": [0.229, 0.224, 0.225],
         "size": 224,
         "resample": "bicubic without antialiasing, after normalization",
-        "position_embedding": "resampled to 16x16 by timm's resample_abs_pos_embed",
+        "position_embedding": {"grid": [16, 16], "resample": "timm's resample_abs_pos_embed"},
         "snippet": "class token after the last layer norm",
     },
     "normalized": False,

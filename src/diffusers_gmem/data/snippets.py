@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from diffusers.utils import logging
 
 from ..conversion.efficientnet_lite import convert_efficientnet_lite, efficientnet_lite_image_processor
+from ..models.memory_bank import GMemMemoryBank
 from .image_processor import GMemImageProcessor
 from .images import ImageSource
 
 
 tqdm = logging.tqdm
+
+# Encoders that banks record by another name -> the same weights for transformers
+TRANSFORMERS_NAMES = {"facebookresearch/dinov2:dinov2_vitb14": "facebook/dinov2-base"}
 
 
 def load_image_encoder(
@@ -59,6 +63,79 @@ def load_image_encoder(
         )
     processor = AutoImageProcessor.from_pretrained(name_or_path, revision=revision, cache_dir=cache_dir, backend="pil")
     return encoder.eval(), processor
+
+
+def load_bank_encoder(
+    bank: GMemMemoryBank, name_or_path: str | None = None, revision: str | None = None, cache_dir: str | None = None
+) -> tuple[torch.nn.Module, Any]:
+    """
+    Loads the encoder that made the snippets of a bank, and the image processor that the bank records: what `image=` of a
+    pipeline with this bank needs. For a bank of the reference implementation that is DINOv2 of transformers with the
+    position table that timm resampled to 16x16.
+
+    Args:
+        bank ([`GMemMemoryBank`]): a bank that records its encoder and preprocessing.
+        name_or_path (`str`, *optional*):
+            Where the encoder is; by default the name that the bank records. The reference's DINOv2 is
+            "facebook/dinov2-base".
+        revision (`str`, *optional*): branch, tag or commit on the Hub; by default the one that the bank records.
+        cache_dir (`str`, *optional*): the Hub's cache.
+
+    Returns:
+        `tuple`: the encoder, in eval mode, and the processor.
+
+    Raises:
+        ValueError: if the bank does not record them, or its snippets are projections, whose encoder only a pipeline has.
+        See also `load_image_encoder`.
+    """
+    preprocessing = bank.preprocessing or {}
+    if "image_processor_type" not in preprocessing or bank.encoder is None:
+        raise ValueError(
+            f"{bank} does not record its encoder and image processor: encoder {bank.encoder!r}, preprocessing "
+            f"{bank.preprocessing}."
+        )
+    if isinstance(preprocessing.get("snippet"), dict):
+        raise ValueError(
+            f"The snippets of {bank} are projections of the outputs of {bank.encoder!r}; the encoder that makes them is "
+            "the `image_encoder` of the pipeline that was trained with it."
+        )
+    encoder, processor = load_image_encoder(
+        name_or_path or TRANSFORMERS_NAMES.get(bank.encoder, bank.encoder),
+        revision or (None if name_or_path else bank.encoder_revision),
+        cache_dir,
+    )
+    if preprocessing["image_processor_type"] == GMemImageProcessor.__name__:
+        names = ("crop_size", "size", "image_mean", "image_std")
+        processor = GMemImageProcessor(**{name: preprocessing[name] for name in names})
+    else:
+        processor = type(processor).from_dict(preprocessing)
+    if "position_embedding" in preprocessing:
+        resample_position_embeddings(encoder, preprocessing["position_embedding"]["grid"][0])
+    return encoder, processor
+
+
+@torch.no_grad()
+def resample_position_embeddings(encoder: torch.nn.Module, grid_size: int) -> None:
+    """
+    Gives a DINOv2 of transformers the position table for `grid_size` x `grid_size` patches that the reference
+    implementation uses: resampled as timm's `resample_abs_pos_embed` does, bicubic with antialiasing. transformers, where
+    the table does not fit an image, resamples without. From now on the model is one for images of this size, also when it
+    is saved and loaded.
+
+    Args:
+        encoder (`Dinov2Model`): changed in place.
+        grid_size (`int`): patches along a side.
+    """
+    embeddings = encoder.embeddings
+    table = embeddings.position_embeddings
+    prefix, patches = table[:, :1], table[:, 1:]
+    side = math.isqrt(patches.shape[1])
+    if side != grid_size:
+        patches = patches.transpose(1, 2).unflatten(-1, (side, side)).float()
+        patches = F.interpolate(patches, (grid_size, grid_size), mode="bicubic", antialias=True)
+        patches = patches.flatten(2).transpose(1, 2).to(table.dtype)
+        embeddings.position_embeddings = torch.nn.Parameter(torch.cat([prefix, patches], dim=1), table.requires_grad)
+    encoder.config.image_size = grid_size * encoder.config.patch_size
 
 
 def _load_efficientnet_lite0() -> tuple[torch.nn.Module, Any]:

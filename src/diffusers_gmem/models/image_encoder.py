@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import PIL.Image
+import PIL.ImageOps
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -195,7 +196,8 @@ def _pool_features(output, hidden_layers: list[int], grid_size: int) -> list[tor
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image in RGB, as training and pipeline show it to an encoder: transparency is laid on white."""
+    """An image in RGB, as training and pipeline show it to an encoder: upright, and transparency is laid on white."""
+    image = PIL.ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -33,13 +34,14 @@ from PIL.PngImagePlugin import PngInfo
 
 from ..hub.locate import locate_pipeline
 from ..hub.transfer import HubRepo
-from ..models.image_encoder import GMemImageEncoder, to_rgb
+from ..models.image_encoder import GMemImageEncoder
 from ..models.latent_normalization import decode_latents, spatial_compression_ratio
 from ..models.memory_bank import GMemMemoryBank
 from ..models.memory_bank_files import flush, flush_folder
 from ..models.snippet_sources import SnippetSources, attach_sources, sources_of
 from ..models.transformer_gmem import GMemTransformer2DModel
 from ..schedulers.scheduling_gmem_flow_match import GMemFlowMatchScheduler
+from .image_inputs import ImageInput, is_one_image, open_image_inputs
 from .lora_loader import GMemLoraLoaderMixin
 from .provenance import (
     PROVENANCE_VERSION,
@@ -194,6 +196,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
 
     _hub_repo: HubRepo | None = None  # where `from_pretrained` found the pipeline
     _checked_memory_bank: GMemMemoryBank | None = None
+    _checked_preprocessing: tuple | None = None
 
     def __init__(
         self,
@@ -441,35 +444,76 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         return push_pipeline(self, repo_id, **kwargs)
 
     @torch.no_grad()
-    def encode_image(self, image) -> torch.Tensor:
+    def encode_image(self, image: ImageInput | list[ImageInput]) -> torch.Tensor:
         """
         The snippets of images: `pooler_output` of `image_encoder` on what `image_processor` makes of them.
 
         Args:
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                What the image processor takes. A transparent PIL image is laid on white, as in training.
+            image (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
+                Paths, http(s) URLs and PIL images; arrays of shape `([n,] height, width, channels)` and tensors of shape
+                `([n,] channels, height, width)`, uint8 or in [0, 1]. As in training, they are turned upright by their
+                EXIF orientation, and transparency is laid on white.
 
         Returns:
             `torch.Tensor` of shape `(n, memory_dim)`, in float32.
 
         Raises:
-            ValueError: if the pipeline has no image encoder, or `image` is something else or an empty list.
+            ValueError: if the pipeline has no image encoder; `image` is something else, an empty list or a file that is no
+                image; or `image_processor` is not the one that the bank records.
+            FileNotFoundError: if a path does not exist.
+            ConnectionError: if a URL cannot be fetched.
         """
         if self.image_encoder is None or self.image_processor is None:
             raise ValueError(
                 "`image` needs a pipeline with an `image_encoder` and an `image_processor`; this one has none. Pass "
-                "them to `from_pretrained`, or pass snippets as `memory`."
+                "them to `from_pretrained` (`diffusers_gmem.data.load_bank_encoder` loads those of a bank), or pass "
+                "snippets as `memory`."
             )
-        images = image if isinstance(image, (list, tuple)) else [image]
-        wrong = [item for item in images if not isinstance(item, (PIL.Image.Image, np.ndarray, torch.Tensor))]
-        if wrong or len(images) == 0:
-            raise ValueError(f"`image` must be a PIL image, an array or a tensor, or a list of them, got {image!r}.")
-        names = [Path(getattr(item, "filename", "")).name or None for item in images]
-        images = [to_rgb(item) if isinstance(item, PIL.Image.Image) else item for item in images]
-        pixel_values = self.image_processor(images=images, return_tensors="pt").pixel_values
+        self._check_image_processor()
+        pictures, names = open_image_inputs(image)
+        pixel_values = self.image_processor(images=pictures, return_tensors="pt").pixel_values
         pixel_values = pixel_values.to(device=self._execution_device, dtype=self.image_encoder.dtype)
         snippets = self.image_encoder(pixel_values).pooler_output.float()
         return attach_sources(snippets, SnippetSources([[({"image": name}, 1.0)] for name in names]))
+
+    def _check_image_processor(self) -> None:
+        """
+        Compares image processor and encoder with what is recorded of those that made the snippets of the training, or else
+        those of the bank.
+
+        Raises:
+            ValueError: if they differ: the snippets would be others.
+        """
+        trained_with = (self.config.memory_bank_source or {}).get("trained_with") or {}
+        recorded = trained_with.get("preprocessing") or (self.memory_bank and self.memory_bank.preprocessing)
+        checked = (self.image_processor, self.image_encoder, recorded)
+        if not recorded or checked == self._checked_preprocessing:
+            return
+        own = json.loads(json.dumps(self.image_processor.to_dict()))
+        if "image_processor_type" not in recorded:
+            logger.warning(
+                f"Whether {own['image_processor_type']} prepares images as the bank records it cannot be told: {recorded}."
+            )
+        names = sorted(recorded.keys() & own.keys() - {"image_processor_type"})
+        wrong = [f"`{name}` is {own[name]!r}, not {recorded[name]!r}" for name in names if own[name] != recorded[name]]
+        types = [record.get("image_processor_type", "") for record in (own, recorded)]
+        # transformers has the same processor as ...Pil and as ...Fast
+        if types[1] and len({name.removesuffix("Pil").removesuffix("Fast") for name in types}) > 1:
+            wrong.append(f"its type is {types[0]}, not {types[1]}")
+        if wrong:
+            raise ValueError(
+                f"The `image_processor` is not the one that made the snippets of the bank: {'; '.join(wrong)}. "
+                "`diffusers_gmem.data.load_bank_encoder` loads that one."
+            )
+        grid = recorded.get("position_embedding", {}).get("grid")
+        config = self.image_encoder.config
+        if grid is not None and grid != [config.image_size // config.patch_size] * 2:
+            raise ValueError(
+                f"The snippets of the bank were made with a position table of {grid[0]}x{grid[1]} that was resampled by "
+                f"{recorded['position_embedding']['resample']}; the `image_encoder` has one for images of "
+                f"{config.image_size} pixels. `diffusers_gmem.data.load_bank_encoder` loads an encoder with that table."
+            )
+        self._checked_preprocessing = checked
 
     def explain(self, image, k: int = 5, metric: str = "cosine") -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
         """
@@ -493,7 +537,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             [{**row, "score": score} for row, score in zip(bank.describe_rows(indices), values, strict=True)]
             for indices, values in zip(rows, scores.tolist(), strict=True)
         ]
-        return found if isinstance(image, (list, tuple)) else found[0]
+        return found[0] if is_one_image(image) else found
 
     def check_inputs(
         self,
@@ -783,7 +827,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         memory: torch.Tensor | None = None,
         memory_indices: int | Sequence[int] | np.ndarray | torch.Tensor | None = None,
         class_labels: int | str | Sequence[int | str] | np.ndarray | torch.Tensor | None = None,
-        image: PIL.Image.Image | np.ndarray | torch.Tensor | list | None = None,
+        image: ImageInput | list[ImageInput] | None = None,
         prompt: str | Sequence[str] | None = None,
         num_images: int = 1,
         num_images_per_memory: int = 1,
@@ -810,8 +854,8 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
                 Rows of the bank, 0 to `len(bank) - 1`.
             class_labels (`int`, `str`, or a sequence, array or 1-D tensor of them, *optional*):
                 One row of the bank is drawn for each label (a number, or a name of the bank's `id2label`).
-            image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
-                Images, whose snippets the image encoder makes (see `encode_image`).
+            image (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them, *optional*):
+                Images, or their paths or URLs, whose snippets the image encoder makes (see `encode_image`).
             prompt (`str` or `list[str]`, *optional*):
                 What the images are to show. Of each prompt the `num_images` snippets are taken whose text keys match it
                 best ([`GMemMemoryBank.search_text`]), the best first; nothing else of the prompt reaches the network.
