@@ -12,14 +12,16 @@ import sys
 import time
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 import yaml
 from ldm_autoencoder import original_state_dict, tiny_vae
 from reference_cases import REFERENCE_DIR, assert_matches, case_state_dict, case_tensors, reference_cases
 from safetensors.torch import save_file
+from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
 
-from diffusers_gmem import GMemMemoryBank, GMemPipeline, GMemTransformer2DModel
+from diffusers_gmem import GMemImageProcessor, GMemMemoryBank, GMemPipeline, GMemTransformer2DModel
 from diffusers_gmem.conversion import REFERENCE_ENCODER, convert_transformer, export_transformer, load_checkpoint
 
 
@@ -111,6 +113,24 @@ def test_low_rank_bank(script, tmp_path, caplog):
     assert bank.rank is not None and bank.encoder is None
     assert "The bank's encoder is not recorded" in caplog.text
     assert_matches(BANKS, "dmd_reconstruction", bank[:], case_tensors(BANKS)["dmd_reconstruction"])
+
+
+def test_image_encoder(script, tmp_path):
+    config = Dinov2Config(
+        hidden_size=OPTIONS["memory_dim"], num_hidden_layers=1, num_attention_heads=2, image_size=518
+    )
+    Dinov2Model(config).save_pretrained(tmp_path / "dinov2")
+    BitImageProcessor().save_pretrained(tmp_path / "dinov2")
+    arguments = ["--bank_encoder", "dinov2_vitb14", "--image_encoder", tmp_path / "dinov2"]
+    pipe = run(script, tmp_path / "pipeline", "--bank", REFERENCE_DIR / BANKS["full"], *arguments)
+    assert isinstance(pipe.image_processor, GMemImageProcessor)
+    assert pipe.image_encoder.config.image_size == 224
+    output = pipe(image=PIL.Image.new("RGB", (300, 280)), num_inference_steps=2, output_type="latent")
+    assert len(output.images) == 1
+    with pytest.raises(ValueError, match="pass `--bank`, too"):
+        run(script, tmp_path / "other", *arguments)
+    with pytest.raises(ValueError, match="does not record its encoder"):
+        run(script, tmp_path / "other", "--bank", REFERENCE_DIR / BANKS["full"], *arguments[2:])
 
 
 def test_bank_from_latent_shards(script, tmp_path):
