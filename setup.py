@@ -47,7 +47,7 @@ setup(
     license_files=["LICENSE"],
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"diffusers_gmem": ["py.typed", "hub/templates/*.md"]},
+    package_data={"diffusers_gmem": ["py.typed", "hub/templates/*.md", "hub/space/*"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.6",

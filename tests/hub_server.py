@@ -71,6 +71,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     pull_requests: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     @property
     def path(self) -> str:
@@ -413,6 +414,13 @@ def make_app(hub: HubServer) -> FastAPI:
         find(request, kind, namespace, name, write=True)
         for sha256 in (await request.json())["deletions"]["sha"]:
             (hub.folder / sha256).unlink(missing_ok=True)
+
+    @app.post("/api/spaces/{namespace}/{name}/variables")
+    async def set_variable(request: Request, namespace: str, name: str):
+        repo = find(request, "space", namespace, name, write=True)
+        body = await request.json()
+        repo.variables[body["key"]] = body["value"]
+        return {key: {"value": value} for key, value in repo.variables.items()}
 
     # Uploads
 

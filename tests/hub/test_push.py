@@ -2,16 +2,24 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import os
+import subprocess
+import sys
+from importlib.metadata import requires
+from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import DatasetCard, ModelCard, snapshot_download
+from huggingface_hub import DatasetCard, ModelCard, SpaceCard, snapshot_download
 
 from diffusers_gmem import GMemMemoryBank, GMemPipeline
-from diffusers_gmem.hub import push_memory_bank, push_pipeline
+from diffusers_gmem.hub import push_memory_bank, push_pipeline, push_space
 from diffusers_gmem.hub.transfer import HubRepo
+
+
+CHECKOUT = Path(__file__).parents[2]
 
 
 def names(hub, repo_id, kind, revision="main"):
@@ -142,3 +150,51 @@ def test_push_pipeline_as_a_pull_request(hub, pipe):
     assert ModelCard.load("me/model").data.license is None
     snapshot = snapshot_download("me/model", revision=change.pr_revision)
     assert ModelCard.load(f"{snapshot}/README.md").data.license == "mit"
+
+
+# Spaces
+
+
+def test_push_space(hub):
+    commit = push_space("me/demo", "me/model", bank_id="me/snippets", title="Draw: from memory", private=True)
+    repo = hub.repository("me/demo", "space")
+    assert repo.private and repo.variables == {"GMEM_MODEL": "me/model"} and repo.branches["main"] == commit.oid
+    folder = Path(snapshot_download("me/demo", repo_type="space"))
+    card = SpaceCard.load(folder / "README.md").data
+    assert (card.sdk, card.app_file, card.title) == ("gradio", "app.py", "Draw: from memory")
+    assert card.models == ["me/model"] and card.datasets == ["me/snippets"] and card.license == "apache-2.0"
+    assert f"gradio=={card.sdk_version}" in Path(CHECKOUT, "constraints.txt").read_text().splitlines()
+
+    # Its own copy of the package, and a page that runs with it
+    program = "import app, diffusers_gmem; print(diffusers_gmem.__file__); app.parse_args([])"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip().startswith(str(folder.resolve()))
+
+
+def test_push_space_again(hub):
+    push_space("me/demo", "me/model")
+    HubRepo("me/demo", "space").upload(
+        {"diffusers_gmem/old.py": b"", "notes.txt": b"mine"}, "Of old", space_sdk="gradio"
+    )
+    push_space("me/demo", "me/other")
+    left = names(hub, "me/demo", "space")
+    assert "diffusers_gmem/old.py" not in left and "notes.txt" in left
+    assert hub.repository("me/demo", "space").variables == {"GMEM_MODEL": "me/other"}
+
+
+def test_push_space_asks_again_after_an_error(hub, monkeypatch):
+    monkeypatch.setattr("diffusers_gmem.hub.transfer.SECONDS_BETWEEN_ATTEMPTS", 0.0)
+    hub.fail("POST /api/spaces/me/demo/(commit|variables)", times=2)
+    push_space("me/demo", "me/model")
+    assert hub.repository("me/demo", "space").variables == {"GMEM_MODEL": "me/model"}
+    with pytest.raises(PermissionError, match="the space repository 'you/demo'"):
+        push_space("you/demo", "me/model")
+
+
+def test_requirements_of_the_space_are_those_of_the_package():
+    """The Hub installs them for the copy of the package in the Space."""
+    listed = Path(CHECKOUT, "examples/space/requirements.txt").read_text().splitlines()
+    assert set(listed) == {line for line in requires("diffusers_gmem") if "extra ==" not in line} | {"gradio>=6"}

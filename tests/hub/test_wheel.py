@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from huggingface_hub import DatasetCard, SpaceCard
+from huggingface_hub import DatasetCard, HfApi, SpaceCard
 
 
 CHECKOUT = Path(__file__).parents[2]
@@ -16,17 +16,16 @@ PROGRAM = """
 import sys
 import torch
 import diffusers_gmem
-from diffusers_gmem.hub import HubRepo, push_memory_bank, space_card
+from diffusers_gmem.hub import push_memory_bank, push_space
 
 assert diffusers_gmem.__file__.startswith(sys.argv[1]), diffusers_gmem.__file__
 push_memory_bank(diffusers_gmem.GMemMemoryBank(torch.eye(3)), "me/snippets")
-card = space_card("Draw from memory", "me/model", "me/snippets")
-HubRepo("me/demo", "space").upload({"README.md": str(card).encode()}, "Upload", space_sdk="gradio")
+push_space("me/demo", "me/model", bank_id="me/snippets")
 """
 
 
 @pytest.mark.slow
-def test_a_wheel_brings_the_templates_along(hub, tmp_path):
+def test_a_wheel_brings_cards_and_the_page_along(hub, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
@@ -42,3 +41,10 @@ def test_a_wheel_brings_the_templates_along(hub, tmp_path):
     assert process.returncode == 0, process.stderr
     assert DatasetCard.load("me/snippets").data.viewer is False
     assert SpaceCard.load("me/demo").data.models == ["me/model"]
+    files = set(HfApi().list_repo_files("me/demo", repo_type="space"))
+    assert {
+        "app.py",
+        "requirements.txt",
+        "diffusers_gmem/__init__.py",
+        "diffusers_gmem/hub/templates/model_card.md",
+    } <= files

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 UNKNOWN = "not recorded"
 MAX_CLASSES = 20
+PYTHON_VERSION = "3.11"  # of Spaces, whose own default is too old
 _TASK = "unconditional-image-generation"
 _SIZES = {10**3: "n<1K", 10**4: "1K<n<10K", 10**5: "10K<n<100K", 10**6: "100K<n<1M", 10**7: "1M<n<10M"}
 
@@ -243,6 +244,7 @@ def space_card(
         title=title,
         sdk="gradio",
         sdk_version=sdk_version,
+        python_version=PYTHON_VERSION,
         app_file="app.py",
         license=license,
         models=[model_id],

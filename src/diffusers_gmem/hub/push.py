@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers_gmem authors.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whole pipelines and memory banks to the Hub."""
+"""Whole pipelines, memory banks and Spaces to the Hub."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import PIL.Image
 from huggingface_hub import CommitInfo, RepoCard
 
-from .cards import memory_bank_card, model_card
+from .cards import memory_bank_card, model_card, space_card
 from .remote_code import PACKAGE, remote_code_files
 from .transfer import HubRepo
 
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 REMOTE_CODE_BRANCH = "remote-code"
 SAMPLE_GRID = "samples.png"
+# The one that the page is tested with
+GRADIO_VERSION = "6.31.0"
 
 
 def push_memory_bank(
@@ -156,6 +158,59 @@ def push_pipeline(
         if include_code:
             files |= remote_code_files(folder)
             HubRepo(repo_id, "model", REMOTE_CODE_BRANCH, token=token).upload(files, **options)
+    return commit
+
+
+def push_space(
+    repo_id: str,
+    model_id: str,
+    *,
+    title: str | None = None,
+    bank_id: str | None = None,
+    license: str = "apache-2.0",
+    private: bool | None = None,
+    commit_message: str = "Upload the page of a GMemPipeline",
+    token: str | bool | None = None,
+) -> CommitInfo:
+    """
+    Puts the demo (`examples/space`) into a Space, with its card and the code of this package, and points it to a pipeline on
+    the Hub. A pipeline in a private repository needs a token that may read it, as the secret HF_TOKEN in the settings of the
+    Space.
+
+    Args:
+        repo_id (`str`): The Space, such as `"me/draw-from-memory"`; made where it does not exist.
+        model_id (`str`): The repository of the pipeline, such as `"me/gmem-mine"`.
+        title (`str`, *optional*): The title of the Space; the name of its repository by default.
+        bank_id (`str`, *optional*): The data set repository of the pipeline's bank, if it has one of its own; for the card.
+        license (`str`, defaults to `"apache-2.0"`): Of the Space's code, as the Hub names it.
+        private (`bool`, *optional*): Of a Space that is made; the default of the namespace if not given.
+        commit_message (`str`): The first line of the commit.
+        token (`str` or `bool`, *optional*): That of `hf auth login` by default.
+
+    Returns:
+        `CommitInfo`
+
+    Raises:
+        See [`HubRepo.upload`].
+    """
+    package = Path(__file__).parents[1]
+    page = package / "hub" / "space"
+    code = [path for path in package.rglob("*") if path.suffix in (".py", ".md", ".typed") and path.parent != page]
+    card = space_card(title or repo_id.split("/")[-1], model_id, bank_id, GRADIO_VERSION, license)
+    repo = HubRepo(repo_id, "space", token=token)
+    commit = repo.upload(
+        {
+            "app.py": page / "app.py",
+            "requirements.txt": page / "requirements.txt",
+            "README.md": str(card).encode(),
+            **{f"{PACKAGE}/{path.relative_to(package).as_posix()}": path for path in code},
+        },
+        commit_message,
+        stale=re.compile(rf"{PACKAGE}/.*").fullmatch,
+        private=private,
+        space_sdk="gradio",
+    )
+    repo.set_space_variable("GMEM_MODEL", model_id)
     return commit
 
 

@@ -217,6 +217,20 @@ class HubRepo:
         # a second time
         return attempt() if create_pr else _retried(attempt)
 
+    def set_space_variable(self, name: str, value: str) -> None:
+        """
+        Sets an environment variable of a Space, which anyone may read. The Hub restarts the Space with it.
+
+        Raises:
+            `PermissionError`, `FileNotFoundError`, `ConnectionError`: see [`~HubRepo.upload`].
+        """
+
+        def attempt() -> None:
+            with _explained(self):
+                HfApi(token=self.token).add_space_variable(self.repo_id, name, value)
+
+        _retried(attempt)
+
     def squash_history(self) -> None:
         """
         Makes the present state of the branch its only commit, and deletes the large files that only earlier commits
