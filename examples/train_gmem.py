@@ -78,6 +78,7 @@ from diffusers_gmem.data import (
 )
 from diffusers_gmem.data.arguments import add_image_arguments, name_or_absolute_path, open_image_encoder
 from diffusers_gmem.data.shards import SKIPPED_NAME, write_json, write_text
+from diffusers_gmem.evaluation import FeatureStatistics, frechet_distance
 from diffusers_gmem.hub import HubRepo
 from diffusers_gmem.models.latent_normalization import (
     decode_latents,
@@ -101,6 +102,7 @@ from diffusers_gmem.training.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
+from diffusers_gmem.training.online_evaluation import sample_statistics, snippet_statistics
 from diffusers_gmem.training.stopping import StopRequest, TrainingStopped, ignore_stop_signals
 from diffusers_gmem.training.training_state import gather_optimizer, gather_tensor, scatter_optimizer, scatter_tensor
 
@@ -338,6 +340,18 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     )
     saving.add_argument("--num_validation_images", type=int, default=8, help="Images in a validation grid.")
     saving.add_argument("--validation_inference_steps", type=int, default=50, help="Sampling steps for it.")
+    saving.add_argument(
+        "--fd_steps",
+        type=int,
+        help="Steps between Fréchet distances of generated images and training images in the features of the image "
+        "encoder. Default: none is computed.",
+    )
+    saving.add_argument(
+        "--fd_num_images",
+        type=int,
+        default=5000,
+        help="Images for each, which the main process generates with --validation_inference_steps while the others wait.",
+    )
     saving.add_argument("--logging_steps", type=int, default=50, help="Steps between lines in the log.")
     saving.add_argument("--logging_dir", type=str, default="logs", help="Folder of tracker files in output_dir.")
     saving.add_argument(
@@ -390,6 +404,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "validation_steps",
         "num_validation_images",
         "validation_inference_steps",
+        "fd_steps",
         "logging_steps",
         "snippet_dim",
         "rank",
@@ -398,6 +413,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}.")
+    if args.fd_num_images < 2:
+        parser.error(f"--fd_num_images must be at least 2, got {args.fd_num_images}.")
     for name in ("memory_drop_prob", "lora_dropout", "ema_decay"):
         if not 0.0 <= getattr(args, name) <= 1.0:
             parser.error(f"--{name} must be in [0, 1], got {getattr(args, name)}.")
@@ -671,7 +688,6 @@ def log_validation(
     num_images = min(args.num_validation_images, len(source))
     indices = [round(k * (len(source) - 1) / max(num_images - 1, 1)) for k in range(num_images)]
     generators = [torch.Generator().manual_seed(args.seed + k) for k in range(num_images)]
-    pipeline.set_progress_bar_config(disable=True)
     generated = pipeline(
         memory_indices=indices, generator=generators, num_inference_steps=args.validation_inference_steps
     ).images
@@ -682,6 +698,21 @@ def log_validation(
     grid.save(folder / f"step-{step:07d}.png")
     logger.info(f"Validation: {folder / f'step-{step:07d}.png'}")
     log_image(accelerator, "validation", grid, step)
+
+
+def log_frechet_distance(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    pipeline: GMemPipeline,
+    reference: FeatureStatistics,
+    step: int,
+) -> None:
+    samples = sample_statistics(
+        pipeline, args.fd_num_images, args.train_batch_size, args.validation_inference_steps, args.seed
+    )
+    distance = frechet_distance(samples, reference)
+    logger.info(f"Fréchet distance of {args.fd_num_images} images after {step} steps: {distance:.4f}")
+    accelerator.log({"frechet_distance": distance}, step=step)
 
 
 def log_image(accelerator: Accelerator, name: str, image: PIL.Image.Image, step: int) -> None:
@@ -1010,6 +1041,10 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         if model is not None:
             model.requires_grad_(False).to(accelerator.device)
 
+    if args.fd_steps is not None and encoder is None:
+        raise ValueError(f"--fd_steps needs an image encoder, {args.pretrained_model_name_or_path} has none.")
+    reference = snippet_statistics(memory_bank) if args.fd_steps is not None and accelerator.is_main_process else None
+
     latent_shape, alignment_dim = (3, args.resolution, args.resolution), None
     if args.latents_dir is not None:
         latent_shape = source.shape("latents_mean")
@@ -1179,13 +1214,17 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
             template, scheduler, vae=vae, memory_bank=memory_bank, image_encoder=encoder, image_processor=processor
         )
 
-    def validate(step: int) -> None:
+    def validate(step: int, draw_grid: bool, measure_distance: bool) -> None:
         pipeline = make_pipeline()
         if pipeline is not None:
+            pipeline.set_progress_bar_config(disable=True)
             try:
                 with stop.interruptible():
                     template.to(accelerator.device)
-                    log_validation(args, accelerator, pipeline, source, step)
+                    if draw_grid:
+                        log_validation(args, accelerator, pipeline, source, step)
+                    if measure_distance:
+                        log_frechet_distance(args, accelerator, pipeline, reference, step)
             except TrainingStopped:
                 logger.info("The validation is given up.")
             template.to("cpu")
@@ -1314,8 +1353,10 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
             checkpoint(step)
             if args.checkpoints_total_limit is not None and accelerator.is_main_process:
                 remove_old_checkpoints(args.output_dir, args.checkpoints_total_limit)
-        if last_step or (args.validation_steps is not None and step % args.validation_steps == 0):
-            validate(step)
+        draw_grid = last_step or (args.validation_steps is not None and step % args.validation_steps == 0)
+        measure_distance = args.fd_steps is not None and (last_step or step % args.fd_steps == 0)
+        if draw_grid or measure_distance:
+            validate(step, draw_grid, measure_distance)
             start_step, start_time = step, time.perf_counter()
         if args.push_to_hub and step % args.checkpointing_steps == 0 and not last_step:
             pipeline = make_pipeline()

@@ -16,7 +16,9 @@ from tiny_training import command_line, load_script, make_autoencoder, run_scrip
 
 from diffusers_gmem import GMemPipeline
 from diffusers_gmem.data import ImageSource
+from diffusers_gmem.evaluation import frechet_distance
 from diffusers_gmem.training import model_flops_per_image
+from diffusers_gmem.training.online_evaluation import sample_statistics, snippet_statistics
 
 
 NUM_IMAGES = 12
@@ -170,22 +172,6 @@ def test_gradient_checkpointing_changes_nothing(script, workplace, finished, tmp
         torch.testing.assert_close(tensor, weights(finished)[name], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_compiled_blocks_compute_the_same(script, workplace, finished, tmp_path, monkeypatch):
-    compiled = []
-    compile_block = script.GMemTransformer2DModel.compile_repeated_blocks
-    monkeypatch.setattr(
-        script.GMemTransformer2DModel,
-        "compile_repeated_blocks",
-        lambda self, **options: compiled.append(options) or compile_block(self, **options),
-    )
-    run_script(script, arguments(workplace, tmp_path, torch_compile=True, gradient_checkpointing=True))
-    assert compiled == [{"fullgraph": True}]
-    for name, tensor in weights(tmp_path).items():
-        torch.testing.assert_close(tensor, weights(finished)[name], rtol=1e-3, atol=1e-5)
-    assert GMemPipeline.from_pretrained(tmp_path)(num_inference_steps=2).images[0].size == (8, 8)
-
-
 @pytest.fixture
 def logged(script, monkeypatch):
     """What the script gives to the trackers, step by step."""
@@ -198,6 +184,26 @@ def logged(script, monkeypatch):
 
     monkeypatch.setattr(script.Accelerator, "log", spy)
     return lines
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(script, workplace, tmp_path, logged, monkeypatch):
+    run_script(script, arguments(workplace, tmp_path / "eager", logging_steps=1))
+    expected = dict(logged)
+    compiled = []
+    compile_block = script.GMemTransformer2DModel.compile_repeated_blocks
+    monkeypatch.setattr(
+        script.GMemTransformer2DModel,
+        "compile_repeated_blocks",
+        lambda self, **options: compiled.append(options) or compile_block(self, **options),
+    )
+    options = {"torch_compile": True, "gradient_checkpointing": True, "logging_steps": 1}
+    run_script(script, arguments(workplace, tmp_path / "compiled", **options))
+    assert compiled == [{"fullgraph": True}]
+    for step, values in expected.items():
+        for name in ("loss", "velocity", "cosine", "grad_norm"):
+            assert logged[step][name] == pytest.approx(values[name], rel=1e-4), (step, name)
+    assert GMemPipeline.from_pretrained(tmp_path / "compiled")(num_inference_steps=2).images[0].size == (8, 8)
 
 
 def test_images_per_second_and_mfu_are_logged(script, workplace, tmp_path, logged, monkeypatch):
@@ -215,6 +221,20 @@ def test_images_per_second_and_mfu_are_logged(script, workplace, tmp_path, logge
     logged.clear()
     run_script(script, arguments(workplace, tmp_path / "float32"))
     assert "mfu" not in logged[4]  # of which the peak is another
+
+
+def test_the_frechet_distance_is_logged(script, workplace, finished, tmp_path, logged):
+    options = {"fd_steps": 3, "fd_num_images": 10}
+    run_script(script, arguments(workplace, tmp_path, **options))
+    distances = {step: values["frechet_distance"] for step, values in logged.items() if "frechet_distance" in values}
+    assert sorted(distances) == [3, 4]
+    pipe = GMemPipeline.from_pretrained(tmp_path)
+    samples = sample_statistics(pipe, 10, batch_size=5, num_inference_steps=2, seed=0)
+    expected = frechet_distance(samples, snippet_statistics(pipe.memory_bank))
+    assert distances[4] == pytest.approx(expected, rel=1e-3)
+    # It leaves the training alone, and the grid is drawn at the end only
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-0000004.png"]
+    assert_same(weights(tmp_path), weights(finished))
 
 
 def test_several_trackers_with_pictures(script, workplace, tmp_path, monkeypatch):
