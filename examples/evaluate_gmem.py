@@ -191,7 +191,8 @@ class FeatureReader:
                 self._add_encoder(self.pipe.image_encoder, self.pipe.image_processor)
 
     def _add_inception(self, inception: torch.nn.Module) -> None:
-        self.inception = inception.to(self.accelerator.device)
+        # Convolutions run up to twice as fast in this layout
+        self.inception = inception.to(self.accelerator.device, memory_format=torch.channels_last)
         self.networks["inception"] = lambda images: self.inception(images)._asdict()
         self.fingerprints["inception"] = fingerprint(inception)
 
@@ -200,7 +201,7 @@ class FeatureReader:
             raise ValueError(
                 f"{self.args.model} has no image encoder for --features encoder: name --features inception alone."
             )
-        encoder.to(self.accelerator.device).eval()
+        encoder.to(self.accelerator.device, memory_format=torch.channels_last).eval()
 
         def snippets(images: torch.Tensor) -> dict[str, torch.Tensor]:
             pictures = [to_picture(image) for image in images.cpu()]
@@ -349,8 +350,9 @@ def open_reference(args: argparse.Namespace, resolution: int, reader: FeatureRea
             logger.warning(f"{name} holds statistics alone: no precision, no recall, no distance of encoder features.")
             return Reference(name, 0, published)
         stat = Path(args.reference).stat()
-        images = GeneratedImages(args.reference)
-        return reader.reference(images, name, [name, stat.st_size, stat.st_mtime_ns], published)
+        identity = [name, stat.st_size, stat.st_mtime_ns]
+        name = f"{name} with its published statistics" if published else name
+        return reader.reference(GeneratedImages(args.reference), name, identity, published)
     source = ImageSource(
         args.reference,
         args.dataset_name,
@@ -603,7 +605,7 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         sentence = describe_protocol(protocol, reference, resolution)
         results = [
-            {"metric": name, "value": value, "num_images": len(samples), "protocol": sentence}
+            {"metric": name, "value": float(f"{value:.6g}"), "num_images": len(samples), "protocol": sentence}
             for name, value in compute_metrics(sets["samples"], reference, reader).items()
         ]
         report = {
@@ -619,6 +621,7 @@ def main(args: argparse.Namespace) -> None:
                 "num_images": reference.num_images,
                 "num_precision_recall_images": 0 if reference.pool is None else len(reference.pool),
             },
+            "num_processes": accelerator.num_processes,
             "settings": vars(args) | {"resolution": resolution},
             "versions": {
                 "diffusers_gmem": diffusers_gmem.__version__,

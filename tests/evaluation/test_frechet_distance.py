@@ -142,12 +142,28 @@ def test_distance_of_a_constant_is_not_nan():
     assert math.isfinite(frechet_distance(constant, statistics_of(random_features(10, 4, 0))))
 
 
-def test_the_distance_is_that_of_torchmetrics():
-    from torchmetrics.image.fid import _compute_fid
+class Extractor(torch.nn.Module):
+    """Features of images for torchmetrics."""
 
-    a, b = statistics_of(random_features(300, 16, 0)), statistics_of(random_features(300, 16, 1))
-    expected = _compute_fid(a.mean, a.covariance, b.mean, b.covariance)
-    assert frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-9)
+    num_features = 16
+
+    def forward(self, images):
+        return images.float()[:, :, ::2, ::3].flatten(1)[:, :16].sin()
+
+
+def test_the_distance_is_that_of_torchmetrics():
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    extractor = Extractor()
+    metric = FrechetInceptionDistance(extractor, normalize=False, input_img_size=(3, 8, 8)).set_dtype(torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    statistics = {}
+    for real, levels in ((True, 256), (False, 200)):
+        images = torch.randint(levels, (100, 3, 8, 8), generator=generator, dtype=torch.uint8)
+        statistics[real] = statistics_of(extractor(images), batch_size=30)
+        metric.update(images, real=real)
+    expected = metric.compute().item()
+    assert frechet_distance(statistics[True], statistics[False]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_what_has_no_distance_is_refused():

@@ -117,12 +117,6 @@ def read_published_statistics(path: str | os.PathLike) -> dict[str, FeatureStati
     return statistics
 
 
-def has_images(path: str | os.PathLike) -> bool:
-    """Whether an `.npz` file holds images beside statistics."""
-    with zipfile.ZipFile(path) as archive:
-        return "arr_0.npy" in archive.namelist()
-
-
 def _open_array(path: Path, name: str) -> np.ndarray:
     try:
         archive = zipfile.ZipFile(path)
