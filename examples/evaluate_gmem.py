@@ -74,6 +74,8 @@ from diffusers_gmem.models.memory_bank_files import flush
 logger = get_logger(__name__)
 
 STANDARD_NUM_IMAGES = 50_000
+# In a protocol of sample_gmem.py, beside what draws the memories
+SAMPLING_SETTINGS = ("num_inference_steps", "guidance_scale", "guidance_interval", "scheduler", "dtype")
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -184,7 +186,8 @@ class FeatureReader:
         with accelerator.main_process_first():
             if args.model is not None:
                 self.pipe = GMemPipeline.from_pretrained(args.model, revision=args.revision, cache_dir=args.cache_dir)
-                self.pipe.load_memory_bank()
+                if self.pipe.load_memory_bank() is None:
+                    logger.warning(f"{args.model} has no memory bank: nearest snippets are not looked for.")
             if "inception" in args.features:
                 self._add_inception(load_inception(args.inception_weights))
             if "encoder" in args.features:
@@ -359,6 +362,7 @@ def open_reference(args: argparse.Namespace, resolution: int, reader: FeatureRea
         args.dataset_config_name,
         args.split,
         args.image_column,
+        label_column="",  # labels play no part
         cache_dir=args.cache_dir,
     )
     # Of the files, their dates included
@@ -525,13 +529,26 @@ def evaluate_generalisation(
     }
 
 
-def find_warnings(num_images: int, reference: Reference, features: dict[str, torch.Tensor]) -> list[str]:
+def find_warnings(
+    protocols: list[dict[str, Any] | None], reference: Reference, features: dict[str, torch.Tensor]
+) -> list[str]:
+    """What keeps the numbers from meaning what they seem to; `protocols` of the samples, and of those held out if any."""
     warnings = []
+    num_images = len(next(iter(features.values())))
     if num_images != STANDARD_NUM_IMAGES:
         warnings.append(
             f"{num_images:,} samples instead of the standard {STANDARD_NUM_IMAGES:,}: not comparable with published values "
             "(Fréchet distances grow as images get fewer)."
         )
+    known = [protocol for protocol in protocols if protocol is not None]
+    if not all(protocol["complete"] for protocol in known):
+        warnings.append("The sampling is not finished, as protocol.json says.")
+    if len(known) == 2:
+        if known[0]["memory_bank"]["fingerprint"] == known[1]["memory_bank"]["fingerprint"]:
+            warnings.append("The samples from held-out memories were made from the same bank as the others.")
+        differences = [name for name in SAMPLING_SETTINGS if known[0][name] != known[1][name]]
+        if differences:
+            warnings.append(f"The samples from held-out memories were made with another {', '.join(differences)}.")
     for kind, tensor in features.items():
         counts = [len(tensor)] + [reference.statistics[kind].count] * (kind in reference.statistics)
         if min(counts) <= tensor.shape[1]:
@@ -584,9 +601,7 @@ def main(args: argparse.Namespace) -> None:
 
     # 1. Images and networks
     samples = GeneratedImages(args.samples)
-    protocol = read_protocol(samples)
-    if protocol is not None and not protocol.get("complete", True):
-        logger.warning(f"{args.samples} is not finished, as its protocol.json says.")
+    protocols = [read_protocol(samples)]
     resolution = args.resolution or min(samples.size)
     reader = FeatureReader(args, accelerator)
 
@@ -598,24 +613,25 @@ def main(args: argparse.Namespace) -> None:
         sets["held-out images"] = reader.all_features(CroppedImages(source, resolution), "Held-out images")
     if args.held_out_samples is not None:
         held_out_samples = GeneratedImages(args.held_out_samples)
+        protocols.append(read_protocol(held_out_samples))
         sets["held-out samples"] = reader.all_features(held_out_samples, "Samples from held-out memories")
     memorisation, pictures = evaluate_memorisation(sets, samples, reader, resolution)
 
     # 3. Metrics
     if accelerator.is_main_process:
-        sentence = describe_protocol(protocol, reference, resolution)
+        sentence = describe_protocol(protocols[0], reference, resolution)
         results = [
             {"metric": name, "value": float(f"{value:.6g}"), "num_images": len(samples), "protocol": sentence}
             for name, value in compute_metrics(sets["samples"], reference, reader).items()
         ]
         report = {
             "results": results,
-            "warnings": find_warnings(len(samples), reference, sets["samples"]),
+            "warnings": find_warnings(protocols, reference, sets["samples"]),
             "memorisation": memorisation,
             "generalisation": None
             if args.held_out_samples is None
             else evaluate_generalisation(sets, reference, reader),
-            "samples": {"num_images": len(samples), "size": list(samples.size), "protocol": protocol},
+            "samples": {"num_images": len(samples), "size": list(samples.size), "protocol": protocols[0]},
             "reference": {
                 "name": reference.name,
                 "num_images": reference.num_images,

@@ -102,6 +102,8 @@ def workplace(tmp_path_factory, pictures, pipe, features):
         "complete": True,
     }
     (folder / "samples" / "protocol.json").write_text(json.dumps(protocol))
+    protocol["memory_bank"]["fingerprint"] = "sha256:of the held-out images"
+    (folder / "held_out_samples" / "protocol.json").write_text(json.dumps(protocol))
     np.save(folder / "samples" / "memory_indices.npy", np.array(ROWS))
     return folder
 
@@ -236,6 +238,21 @@ def test_few_images_are_warned_of(report):
     assert len(report["warnings"]) == 2
     assert "11 samples instead of the standard 50,000" in report["warnings"][0]
     assert f"11 images for snippet features of {MEMORY_DIM} dimensions" in report["warnings"][1]
+
+
+def test_samples_that_cannot_be_compared_are_warned_of(script, workplace, tmp_path):
+    for name in ("samples", "held_out_samples"):
+        shutil.copytree(workplace / name, tmp_path / name)
+    protocol = json.loads((tmp_path / "samples" / "protocol.json").read_text())
+    protocol |= {"guidance_scale": 2.0, "complete": False}
+    (tmp_path / "held_out_samples" / "protocol.json").write_text(json.dumps(protocol))
+    sets = {name: tmp_path / name for name in ("samples", "held_out_samples")}
+    warnings = run(script, workplace, tmp_path / "out", "--features", "encoder", **sets)["warnings"]
+    assert warnings[1:-1] == [
+        "The sampling is not finished, as protocol.json says.",
+        "The samples from held-out memories were made from the same bank as the others.",
+        "The samples from held-out memories were made with another guidance_scale.",
+    ]
 
 
 def test_tables(report, workplace):
