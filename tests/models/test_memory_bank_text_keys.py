@@ -107,12 +107,11 @@ def test_search_after_edits(model, keyed_bank):
 
 
 def test_a_text_that_is_too_long_is_cut_off_with_a_warning(model, keyed_bank, caplog):
-    text = "a" * MAX_LENGTH
-    keyed_bank.search_text([PROMPTS[0], text], 1, model, make_tokenizer())
-    assert (
-        f"{text!r} is cut off: it has {MAX_LENGTH + 2} tokens, and the text encoder takes {MAX_LENGTH}" in caplog.text
-    )
-    assert PROMPTS[0] not in caplog.text
+    fits, too_long = "a" * (MAX_LENGTH - 2), "b" * (MAX_LENGTH - 1)  # and two tokens at the ends
+    scores, _ = keyed_bank.search_text([fits, too_long], 7, model, make_tokenizer())
+    assert f"{too_long!r} is cut off: it has {MAX_LENGTH + 1} tokens, and the text encoder takes 20." in caplog.text
+    assert fits not in caplog.text
+    assert torch.equal(scores[1], keyed_bank.search_text([fits, too_long + "b"], 7, model, make_tokenizer())[0][1])
 
 
 @pytest.mark.parametrize(
