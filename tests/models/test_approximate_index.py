@@ -111,6 +111,9 @@ def test_rows_without_direction_and_equal_rows():
     bank = GMemMemoryBank(torch.cat([torch.zeros(30, 4), torch.ones(30, 4)])).with_index(k=3)
     assert bank._index.centroids.isfinite().all() and bank.approximate_index["recall"] == 1
     assert bank.nearest(torch.ones(4), 60, approximate=True)[1].tolist() == [*range(30, 60), *range(30)]
+    # Equal scores of rows in several lists
+    bank = GMemMemoryBank(torch.eye(4).repeat(10, 1)).with_index(k=3)
+    assert bank.nearest(torch.ones(4), 40, approximate=True)[1].tolist() == list(range(40))
     with pytest.raises(ValueError, match="at least two rows that are not the zero vector"):
         GMemMemoryBank(torch.zeros(9, 4)).with_index(k=3)
 
