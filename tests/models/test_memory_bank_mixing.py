@@ -103,6 +103,12 @@ def test_what_cancels_out_is_refused():
             bank.interpolate(11, 11, 2, method)
 
 
+def test_a_row_of_a_batch_stands_for_a_snippet():
+    bank = make_bank()
+    assert torch.equal(bank.interpolate(bank[[1]], bank[2], 3), bank.interpolate(1, 2, 3))
+    assert torch.equal(bank.mix([bank[[1]], 2], [0.5, 0.5]), bank.mix([1, 2], [0.5, 0.5]))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -122,8 +122,8 @@ def test_sources_of_images(pipe, bank, tmp_path):
         names = ["mug.png"] * 2 + [None] * 4
         assert output.sources == [[{"image": name, "weight": 1.0}] for name in names]
         assert output.memory_indices is None
-        mixed = bank.interpolate(pipe.encode_image(opened)[0], 3, num=2)
-    assert run(pipe, memory=mixed).sources[0] == [{"index": None, "weight": 1.0}, part(3, 0.0)]
+        mixed = bank.interpolate(pipe.encode_image(opened), 3, num=5)
+    assert run(pipe, memory=mixed).sources[1] == [{"image": "mug.png", "weight": 0.75}, part(3, 0.25)]
 
 
 def test_describe_rows():

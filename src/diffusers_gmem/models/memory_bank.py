@@ -604,7 +604,7 @@ class GMemMemoryBank:
         last for the second. All are scaled to unit length.
 
         Args:
-            i, j (`int` or `torch.Tensor` of shape `(D,)`): Row numbers, or snippets themselves.
+            i, j (`int` or `torch.Tensor` of shape `(D,)` or `(1, D)`): Row numbers, or snippets themselves.
             num (`int`): How many, at least 1.
             method (`str`, defaults to `"linear"`):
                 - `"linear"`: (1 - alpha) a + alpha b, of a and b as they are.
@@ -624,9 +624,7 @@ class GMemMemoryBank:
             raise ValueError(f"`method` is {method!r}, but accepted are {_some(list(INTERPOLATION_METHODS))}.")
         if num < 1:
             raise ValueError(f"`num` is {num}, but accepted is 1 or more.")
-        first, second = self._snippets(i).double().cpu(), self._snippets(j).double().cpu()
-        if first.ndim != 1 or second.ndim != 1:
-            raise ValueError(f"`i` and `j` have to be one snippet each, but are {len(first)} and {len(second)}.")
+        first, second = self._snippets([i, j]).double()
         take_first = None
         if method == "mask":
             device = "cpu" if generator is None else generator.device
@@ -650,7 +648,7 @@ class GMemMemoryBank:
 
         Args:
             snippets (`list[int | torch.Tensor]` or `torch.Tensor`):
-                Row numbers and snippets of shape `(D,)`, also mixed, or snippets of shape `(n, D)`. They enter the sum as
+                Row numbers and snippets of shape `(D,)` or `(1, D)`, also mixed, or snippets of shape `(n, D)`. They enter the sum as
                 they are, not scaled to unit length.
             weights (`list[float]` or `torch.Tensor` of shape `(n,)`): Finite; used as given.
             normalize (`bool`, defaults to `True`):
@@ -785,12 +783,13 @@ class GMemMemoryBank:
     def _snippets(self, value: int | Sequence[int | torch.Tensor] | torch.Tensor) -> torch.Tensor:
         """Snippets that are given by row numbers or as they are, of shape `(D,)` or `(n, D)`, in float32."""
         if isinstance(value, (list, tuple)):
-            snippets = [self._snippets(item).cpu() for item in value]
-            if not snippets or any(snippet.ndim != 1 for snippet in snippets):
+            snippets = [torch.atleast_2d(self._snippets(item).cpu()) for item in value]
+            if not snippets or any(len(snippet) != 1 for snippet in snippets):
                 raise ValueError(
-                    f"a list of snippets has to hold row numbers and tensors of shape ({self.dim},) only."
+                    "a list of snippets has to hold one snippet each: row numbers and tensors of shape "
+                    f"({self.dim},) or (1, {self.dim}) only."
                 )
-            return torch.stack(snippets)
+            return torch.cat(snippets)
         snippets = value if _is_floating(value) else self[value]
         if snippets.ndim not in (1, 2) or snippets.shape[-1] != self.dim or not snippets.numel():
             raise ValueError(
