@@ -489,7 +489,8 @@ class GMemTransformer2DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMix
             raise ValueError("`return_alignment=True` needs a model with a projector (`alignment_layer` is None).")
 
         # 1. Tokens
-        hidden_states = self.x_embedder(hidden_states).flatten(2).transpose(1, 2)
+        # Contiguous: of a transposed input, blocks compiled by torch 2.13 for the CPU get a wrong gradient
+        hidden_states = self.x_embedder(hidden_states).flatten(2).transpose(1, 2).contiguous()
         dtype = hidden_states.dtype
         hidden_states = hidden_states.float() + self.pos_embed
         grid_height, grid_width = height // self.config.patch_size, width // self.config.patch_size
