@@ -37,6 +37,7 @@ import copy
 import json
 import logging
 import math
+import os
 import tempfile
 import time
 from collections import deque
@@ -89,6 +90,7 @@ from diffusers_gmem.models.latent_normalization import (
 from diffusers_gmem.training import (
     GMemLatentTrainingDataset,
     GMemTrainingDataset,
+    SampleDropout,
     TrainingBatchSampler,
     flow_matching_loss,
     model_flops_per_image,
@@ -586,9 +588,12 @@ def build_transformer(
 
 
 def adapt_transformer(
-    args: argparse.Namespace, transformer: GMemTransformer2DModel, latent_shape: tuple[int, int, int]
+    args: argparse.Namespace,
+    transformer: GMemTransformer2DModel,
+    latent_shape: tuple[int, int, int],
+    dropout_seeds: dict[str, torch.Tensor],
 ) -> GMemTransformer2DModel:
-    """The pretrained transformer, with LoRA layers if asked for; what is not to be trained is frozen."""
+    """The pretrained transformer, with LoRA layers if asked for; what is not to be trained is frozen. See SampleDropout for the seeds."""
     expected_shape = (transformer.config.in_channels, transformer.config.sample_size, transformer.config.sample_size)
     if latent_shape != expected_shape:
         raise ValueError(
@@ -608,6 +613,9 @@ def adapt_transformer(
             )
         )
         cast_training_params(transformer, dtype=torch.float32)
+        layers = [module for module in transformer.modules() if hasattr(module, "lora_dropout")]
+        for number, layer in enumerate(layers):
+            layer.lora_dropout["default"] = SampleDropout(args.lora_dropout, number, dropout_seeds)
     elif args.alignment == "none" and transformer.alignment_projector is not None:
         transformer.alignment_projector.requires_grad_(False)
     return transformer
@@ -966,6 +974,42 @@ class HubPusher:
             return repo.upload(files, message, private=self.options["private"])
 
 
+def check_sharding(accelerator: Accelerator | None = None) -> None:
+    """
+    Raises if the launcher asks for what accelerate would not do, where it says nothing itself. Before there is an accelerator,
+    only what needs none is checked.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() != "true":
+            continue
+        if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available():
+            raise ValueError(
+                f"The configuration of accelerate asks for {name}, which needs GPUs, but this run is on the CPU: take "
+                "examples/accelerate_configs/cpu.yaml."
+            )
+        if accelerator is not None and accelerator.distributed_type != name:
+            raise ValueError(
+                f"The configuration of accelerate asks for {name}, but accelerate made {accelerator.distributed_type} of it."
+            )
+    if accelerator is None:
+        return
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != num_processes:
+        raise ValueError(
+            f"{num_processes} processes were started, but accelerate does not connect them, and each would train a model of "
+            "its own: for several processes on CPUs, set the environment variable ACCELERATE_USE_CPU=true."
+        )
+    if accelerator.distributed_type == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version != 2:
+        raise ValueError(
+            "Of FSDP, only version 2 is supported: set fsdp_version: 2 in the configuration of accelerate."
+        )
+    if accelerator.distributed_type == "DEEPSPEED":
+        if accelerator.state.deepspeed_plugin.zero_stage > 2:
+            raise ValueError("Of DeepSpeed, ZeRO 1 and 2 are supported: for what ZeRO 3 does, use FSDP 2.")
+        if accelerator.mixed_precision == "fp16":
+            raise ValueError("With DeepSpeed, --mixed_precision must be no or bf16.")
+
+
 def main(args: argparse.Namespace) -> None:
     with StopRequest() as stop:
         try:
@@ -975,6 +1019,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, stop: StopRequest) -> None:
+    check_sharding()
     trackers = [] if args.report_to == "none" else [name.strip() for name in args.report_to.split(",")]
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -987,6 +1032,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     missing = set(trackers) - {"all", *(tracker.value for tracker in accelerator.log_with)}
     if missing:
         raise ValueError(f"--report_to {args.report_to}: {', '.join(sorted(missing))} is not installed.")
+    check_sharding(accelerator)
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for name in ("accelerate.accelerator", "accelerate.checkpointing", "httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -1070,8 +1116,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         alignment_dim = source.shape("alignment_features")[1]
 
     # 2. Model, optimizer, moving average
+    dropout_seeds: dict[str, torch.Tensor] = {}
     if pretrained is not None:
-        transformer = adapt_transformer(args, pretrained.transformer, latent_shape)
+        transformer = adapt_transformer(args, pretrained.transformer, latent_shape, dropout_seeds)
     else:
         transformer = build_transformer(args, latent_shape, memory_bank.dim, alignment_dim)
     # What pictures, pipelines and checkpoints are made of: in one piece, on the CPU, and never trained itself
@@ -1158,7 +1205,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         num_workers=args.dataloader_num_workers,
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
-        generator=torch.Generator(),  # or it would draw from the global one, which LoRA's dropout uses
+        generator=torch.Generator(),  # or it would draw from the global one
     )
 
     num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
@@ -1296,6 +1343,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     for batch in dataloader:
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         latents, alignment_features = prepare_batch(batch)
+        dropout_seeds["dropout_seed"] = batch["dropout_seed"]
         with accelerator.accumulate(transformer):
             terms = flow_matching_loss(
                 transformer,

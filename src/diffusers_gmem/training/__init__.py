@@ -1,5 +1,6 @@
 from .dataset import GMemLatentTrainingDataset, GMemTrainingDataset
 from .flow_matching import flow_matching_loss, sample_timesteps
+from .sample_dropout import SampleDropout
 from .sampling_order import BlockOrder, TrainingBatchSampler, sample_generator
 from .throughput import model_flops_per_image, peak_flops
 
@@ -8,6 +9,7 @@ __all__ = [
     "BlockOrder",
     "GMemLatentTrainingDataset",
     "GMemTrainingDataset",
+    "SampleDropout",
     "TrainingBatchSampler",
     "flow_matching_loss",
     "model_flops_per_image",

@@ -24,6 +24,7 @@ class SampleDraws(NamedTuple):
     noise: torch.Tensor
     posterior_noise: torch.Tensor
     memory_dropout_mask: torch.Tensor
+    dropout_seed: torch.Tensor
 
 
 class _Draws:
@@ -59,6 +60,7 @@ class _Draws:
         noise = torch.randn(self.latent_shape, generator=generator)
         posterior_noise = torch.randn(self.latent_shape, generator=generator)
         memory_dropout_mask = torch.rand(self.memory_dim, generator=generator) >= self.memory_dropout
+        dropout_seed = torch.randint(2**32, (), generator=generator)
         memory_flip, alignment_flip = torch.rand(2, generator=generator) if self.independent_flips else (flip, flip)
         return SampleDraws(
             *(self.random_flip and bool(value < 0.5) for value in (flip, memory_flip, alignment_flip)),
@@ -67,6 +69,7 @@ class _Draws:
             noise,
             posterior_noise,
             memory_dropout_mask,
+            dropout_seed,
         )
 
 
@@ -93,7 +96,8 @@ class GMemTrainingDataset(torch.utils.data.Dataset):
             Draw for the image and for its snippet separately whether it is mirrored, as the public reference does.
 
     Each sample is a dict of `pixel_values` `(3, resolution, resolution)` in [-1, 1], `memory` `(memory_dim,)`,
-    `memory_dropout_mask` `(memory_dim,)`, `timestep` `()`, and `noise` and `posterior_noise` of `latent_shape`.
+    `memory_dropout_mask` `(memory_dim,)`, `dropout_seed` `()` for [`SampleDropout`], `timestep` `()`, and `noise` and
+    `posterior_noise` of `latent_shape`.
     """
 
     def __init__(
@@ -142,6 +146,7 @@ class GMemTrainingDataset(torch.utils.data.Dataset):
             "pixel_values": pixel_values.flip(-1) if draws.flip else pixel_values,
             "memory": torch.zeros_like(memory) if draws.drop_memory else memory,
             "memory_dropout_mask": draws.memory_dropout_mask,
+            "dropout_seed": draws.dropout_seed,
             "timestep": draws.timestep,
             "noise": draws.noise,
             "posterior_noise": draws.posterior_noise,
@@ -176,7 +181,7 @@ class GMemLatentTrainingDataset(torch.utils.data.Dataset):
 
     A batch is a dict of `latents` `(n, *latent_shape)`, float32, sampled from the posterior and not normalised (see
     `diffusers_gmem.models.latent_normalization`), `memory` `(n, memory_dim)`, `memory_dropout_mask` `(n, memory_dim)`,
-    `timestep` `(n,)`, `noise` like `latents` and, where asked for, `alignment_features` `(n, num_patches, dim)`.
+    `dropout_seed` `(n,)` for [`SampleDropout`], `timestep` `(n,)`, `noise` like `latents` and, where asked for, `alignment_features` `(n, num_patches, dim)`.
 
     Raises:
         ValueError: if the cache has no alignment features and they are asked for.
@@ -232,6 +237,7 @@ class GMemLatentTrainingDataset(torch.utils.data.Dataset):
             "latents": latents,
             "memory": memory,
             "memory_dropout_mask": torch.stack(draws.memory_dropout_mask),
+            "dropout_seed": torch.stack(draws.dropout_seed),
             "timestep": torch.stack(draws.timestep),
             "noise": torch.stack(draws.noise),
         }
