@@ -846,7 +846,7 @@ def resume(
 
     model = accelerator.unwrap_model(transformer)
     parameters = dict(named_trained_parameters(model))
-    tensors = parameters if args.use_lora else model.state_dict()
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, whole in read_weights(args, model, folder / "transformer").items():
         scatter_tensor(whole, tensors[name])
     if ema is not None:
@@ -1010,6 +1010,17 @@ def check_sharding(accelerator: Accelerator | None = None) -> None:
             raise ValueError("With DeepSpeed, --mixed_precision must be no or bf16.")
 
 
+def configure_deepspeed(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """What DeepSpeed's file of settings would say twice. Weights and their averages stay float32, as everywhere else."""
+    accelerator.state.deepspeed_plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": args.train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_clipping": args.max_grad_norm,
+        "torch_autocast": {"enabled": accelerator.mixed_precision == "bf16", "dtype": "bfloat16"},
+        "bf16": {"enabled": False},
+    }
+
+
 def main(args: argparse.Namespace) -> None:
     with StopRequest() as stop:
         try:
@@ -1145,6 +1156,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=args.max_train_steps,
     )
+    if accelerator.distributed_type == "DEEPSPEED":
+        configure_deepspeed(args, accelerator)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     ema = None
     if args.ema:

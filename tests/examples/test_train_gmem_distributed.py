@@ -9,9 +9,10 @@ import socket
 
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 from tiny_training import EXAMPLES, command_line, load_script, run_script, save_digits, save_image_encoder
@@ -217,6 +218,10 @@ def test_a_signal_to_one_process_stops_all(script, workplace, two, tmp_path, ran
             assert manifest(tmp_path / "checkpoint-3")[name] == record, name
 
 
+def pretend(accelerator, distributed_type):
+    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = distributed_type
+
+
 def assert_sharded(transformer, optimizer, ema):
     parameters = list(transformer.parameters())
     states = [state[name] for state in optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -243,7 +248,7 @@ def train_with_fsdp_on_cpus(script, command):
 
         def make_sharding_accelerator(**kwargs):
             accelerator = make_accelerator(**kwargs)
-            accelerator.state.distributed_type = DistributedType.FSDP
+            pretend(accelerator, DistributedType.FSDP)
             accelerator.state.fsdp_plugin = plugin
             assert accelerator.is_fsdp2 and accelerator.num_processes == 2
             return accelerator
@@ -280,6 +285,54 @@ def test_a_checkpoint_resumes_with_and_without_sharding(script, workplace, one, 
     assert manifest(tmp_path / "its_own" / "checkpoint-6") == manifest(sharded / "checkpoint-6")
     assert_close(tmp_path / "of_one" / "checkpoint-6", one / "checkpoint-6")
     assert_close(resumed(script, workplace, sharded / "checkpoint-3", tmp_path / "on_one", 1), one / "checkpoint-6")
+
+
+def train_with_deepspeed_on_cpus(script, command):
+    """The same with DeepSpeed's ZeRO 2."""
+
+    def run(rank):
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed
+
+        make_accelerator, save_checkpoint = script.Accelerator, script.save_checkpoint
+
+        def make_sharding_accelerator(**kwargs):
+            accelerator = make_accelerator(**kwargs)
+            deepspeed.init_distributed(dist_backend="gloo")
+            plugin = DeepSpeedPlugin(zero_stage=2)
+            plugin.set_mixed_precision(accelerator.mixed_precision)
+            pretend(accelerator, DistributedType.DEEPSPEED)
+            accelerator.state.deepspeed_plugins = {"default": plugin}
+            plugin.select(_from_accelerator_state=True)
+            accelerator.deepspeed_engine_wrapped = None
+            return accelerator
+
+        def save(args, accelerator, template, transformer, optimizer, ema, *others):
+            assert isinstance(transformer, deepspeed.DeepSpeedEngine) and transformer.zero_optimization_stage() == 2
+            assert all(parameter.dtype == torch.float32 for parameter in transformer.parameters())
+            num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
+            for state in optimizer.optimizer.state.values():
+                assert state["exp_avg"].numel() <= num_parameters / 2 + 2
+            save_checkpoint(args, accelerator, template, transformer, optimizer, ema, *others)
+
+        script.Accelerator, script.save_checkpoint = make_sharding_accelerator, save
+        run_script(script, command)
+
+    assert on_processes(2, run) == [0, 0]
+
+
+@pytest.mark.slow
+def test_deepspeed(script, workplace, one, tmp_path):
+    pytest.importorskip("deepspeed")
+    train_with_deepspeed_on_cpus(script, arguments(workplace, tmp_path / "straight", 2))
+    assert_close(tmp_path / "straight" / "checkpoint-6", one / "checkpoint-6")
+    for name, checkpoint in {"its_own": tmp_path / "straight", "of_one": one}.items():
+        options = {"resume_from_checkpoint": checkpoint / "checkpoint-3"}
+        train_with_deepspeed_on_cpus(script, arguments(workplace, tmp_path / name, 2, **options))
+    assert manifest(tmp_path / "its_own" / "checkpoint-6") == manifest(tmp_path / "straight" / "checkpoint-6")
+    assert_close(tmp_path / "of_one" / "checkpoint-6", one / "checkpoint-6")
+    on_one = resumed(script, workplace, tmp_path / "straight" / "checkpoint-3", tmp_path / "on_one", 1)
+    assert_close(on_one, one / "checkpoint-6")
 
 
 @pytest.mark.parametrize("sharding", ["FSDP", "DEEPSPEED"])
