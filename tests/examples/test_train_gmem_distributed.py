@@ -6,6 +6,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,10 +142,7 @@ def test_two_processes_train_what_one_does(one, two):
     name = "transformer/diffusion_pytorch_model.safetensors"
     first, last = (load_file(two / f"checkpoint-{step}" / name)["proj_out.weight"] for step in (3, 6))
     assert (first - last).abs().max() > 1e-3
-    pipe = GMemPipeline.from_pretrained(two)
-    assert pipe(num_inference_steps=2).images[0].size == (8, 8)
-    averaged = load_file(two / "checkpoint-6" / "transformer_ema" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(tensor, averaged[name]) for name, tensor in pipe.transformer.state_dict().items())
+    assert_result_is_a_pipeline(two)
 
 
 def resumed(script, workplace, checkpoint, output_dir, num_processes):
@@ -218,121 +218,132 @@ def test_a_signal_to_one_process_stops_all(script, workplace, two, tmp_path, ran
             assert manifest(tmp_path / "checkpoint-3")[name] == record, name
 
 
-def pretend(accelerator, distributed_type):
-    accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = distributed_type
-
-
-def assert_sharded(transformer, optimizer, ema):
-    parameters = list(transformer.parameters())
+def assert_sharded(kind, transformer, optimizer, ema):
+    """FSDP 2: weights, averages and the optimizer's state. ZeRO 2: the optimizer's state."""
+    num_processes = torch.distributed.get_world_size()
     states = [state[name] for state in optimizer.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    assert len(states) == 2 * len(parameters)
-    for tensor in (*parameters, *ema.shadow_params, *states):
-        assert isinstance(tensor, DTensor) and tensor.placements == (Shard(0),)
-        assert tensor.to_local().shape[0] <= math.ceil(tensor.shape[0] / torch.distributed.get_world_size())
+    if kind == DistributedType.FSDP:
+        parameters = list(transformer.parameters())
+        assert len(states) == 2 * len(parameters)
+        for tensor in (*parameters, *ema.shadow_params, *states):
+            assert isinstance(tensor, DTensor) and tensor.placements == (Shard(0),) and tensor.dtype == torch.float32
+            assert tensor.to_local().shape[0] <= math.ceil(tensor.shape[0] / num_processes)
+    else:
+        num_elements = sum(tensor.numel() for tensor in transformer.parameters() if tensor.requires_grad)
+        assert transformer.zero_optimization_stage() == 2
+        assert sum(tensor.numel() for tensor in states) <= 2 * (num_elements / num_processes + num_processes)
 
 
-def train_with_fsdp_on_cpus(script, command):
+def assert_sharded_at_checkpoints(script, kind):
+    save_checkpoint = script.save_checkpoint
+
+    def save(args, accelerator, template, transformer, optimizer, ema, *others):
+        assert accelerator.distributed_type == kind
+        assert_sharded(kind, transformer, optimizer, ema)
+        save_checkpoint(args, accelerator, template, transformer, optimizer, ema, *others)
+
+    script.save_checkpoint = save
+
+
+def train_sharded_on_cpus(script, command, kind):
     """
-    Two processes with FSDP 2, which torch has for CPUs, but accelerate does not: it is told that it is on GPUs. All the
-    rest is as it is there.
+    Two processes with FSDP 2, which torch has for CPUs, or DeepSpeed. Accelerate has them for GPUs only: it is told that it
+    is on some. All the rest is as it is there.
     """
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2,
-        auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["GMemTransformerBlock"],
-        cpu_ram_efficient_loading=False,
-    )
 
     def run(rank):
-        make_accelerator, save_checkpoint = script.Accelerator, script.save_checkpoint
+        make_accelerator = script.Accelerator
 
         def make_sharding_accelerator(**kwargs):
             accelerator = make_accelerator(**kwargs)
-            pretend(accelerator, DistributedType.FSDP)
-            accelerator.state.fsdp_plugin = plugin
-            assert accelerator.is_fsdp2 and accelerator.num_processes == 2
+            accelerator.state.distributed_type = PartialState._shared_state["distributed_type"] = kind
+            if kind == DistributedType.FSDP:
+                accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+                    fsdp_version=2,
+                    auto_wrap_policy="transformer_based_wrap",
+                    transformer_cls_names_to_wrap=["GMemTransformerBlock"],
+                    cpu_ram_efficient_loading=False,
+                )
+            else:
+                os.environ["DS_ACCELERATOR"] = "cpu"
+                import deepspeed
+
+                deepspeed.init_distributed(dist_backend="gloo")
+                plugin = DeepSpeedPlugin(zero_stage=2)
+                plugin.set_mixed_precision(accelerator.mixed_precision)
+                accelerator.state.deepspeed_plugins = {"default": plugin}
+                plugin.select(_from_accelerator_state=True)
+                accelerator.deepspeed_engine_wrapped = None
             return accelerator
 
-        def save(args, accelerator, template, transformer, optimizer, ema, *others):
-            assert_sharded(transformer, optimizer, ema)
-            save_checkpoint(args, accelerator, template, transformer, optimizer, ema, *others)
-
-        script.Accelerator, script.save_checkpoint = make_sharding_accelerator, save
+        script.Accelerator = make_sharding_accelerator
+        assert_sharded_at_checkpoints(script, kind)
         run_script(script, command)
 
     assert on_processes(2, run) == [0, 0]
 
 
-@pytest.fixture(scope="module")
-def sharded(script, workplace):
-    output_dir = workplace / "sharded"
-    train_with_fsdp_on_cpus(script, arguments(workplace, output_dir, 2))
-    return output_dir
+@pytest.fixture(
+    scope="module",
+    params=[DistributedType.FSDP, pytest.param(DistributedType.DEEPSPEED, marks=pytest.mark.slow)],
+    ids=["fsdp2", "zero2"],
+)
+def sharded(script, workplace, request):
+    """A way to shard, and a run with it."""
+    if request.param == DistributedType.DEEPSPEED:
+        pytest.importorskip("deepspeed")
+    output_dir = workplace / request.param.value
+    train_sharded_on_cpus(script, arguments(workplace, output_dir, 2), request.param)
+    return request.param, output_dir
 
 
-def test_sharded_processes_train_what_one_does(one, sharded):
-    assert_close(sharded / "checkpoint-6", one / "checkpoint-6")
-    pipe = GMemPipeline.from_pretrained(sharded)
+def assert_result_is_a_pipeline(output_dir):
+    """Of the averaged weights of the last checkpoint."""
+    pipe = GMemPipeline.from_pretrained(output_dir)
     assert pipe(num_inference_steps=2).images[0].size == (8, 8)
-    averaged = load_file(sharded / "checkpoint-6" / "transformer_ema" / "diffusion_pytorch_model.safetensors")
+    averaged = load_file(output_dir / "checkpoint-6" / "transformer_ema" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, averaged[name]) for name, tensor in pipe.transformer.state_dict().items())
 
 
+def test_sharded_processes_train_what_one_does(one, sharded):
+    _, output_dir = sharded
+    assert_close(output_dir / "checkpoint-6", one / "checkpoint-6")
+    assert_result_is_a_pipeline(output_dir)
+
+
 def test_a_checkpoint_resumes_with_and_without_sharding(script, workplace, one, sharded, tmp_path):
-    for name, checkpoint in {"its_own": sharded, "of_one": one}.items():
+    kind, output_dir = sharded
+    for name, checkpoint in {"its_own": output_dir, "of_one": one}.items():
         options = {"resume_from_checkpoint": checkpoint / "checkpoint-3"}
-        train_with_fsdp_on_cpus(script, arguments(workplace, tmp_path / name, 2, **options))
-    assert manifest(tmp_path / "its_own" / "checkpoint-6") == manifest(sharded / "checkpoint-6")
+        train_sharded_on_cpus(script, arguments(workplace, tmp_path / name, 2, **options), kind)
+    assert manifest(tmp_path / "its_own" / "checkpoint-6") == manifest(output_dir / "checkpoint-6")
     assert_close(tmp_path / "of_one" / "checkpoint-6", one / "checkpoint-6")
-    assert_close(resumed(script, workplace, sharded / "checkpoint-3", tmp_path / "on_one", 1), one / "checkpoint-6")
-
-
-def train_with_deepspeed_on_cpus(script, command):
-    """The same with DeepSpeed's ZeRO 2."""
-
-    def run(rank):
-        os.environ["DS_ACCELERATOR"] = "cpu"
-        import deepspeed
-
-        make_accelerator, save_checkpoint = script.Accelerator, script.save_checkpoint
-
-        def make_sharding_accelerator(**kwargs):
-            accelerator = make_accelerator(**kwargs)
-            deepspeed.init_distributed(dist_backend="gloo")
-            plugin = DeepSpeedPlugin(zero_stage=2)
-            plugin.set_mixed_precision(accelerator.mixed_precision)
-            pretend(accelerator, DistributedType.DEEPSPEED)
-            accelerator.state.deepspeed_plugins = {"default": plugin}
-            plugin.select(_from_accelerator_state=True)
-            accelerator.deepspeed_engine_wrapped = None
-            return accelerator
-
-        def save(args, accelerator, template, transformer, optimizer, ema, *others):
-            assert isinstance(transformer, deepspeed.DeepSpeedEngine) and transformer.zero_optimization_stage() == 2
-            assert all(parameter.dtype == torch.float32 for parameter in transformer.parameters())
-            num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
-            for state in optimizer.optimizer.state.values():
-                assert state["exp_avg"].numel() <= num_parameters / 2 + 2
-            save_checkpoint(args, accelerator, template, transformer, optimizer, ema, *others)
-
-        script.Accelerator, script.save_checkpoint = make_sharding_accelerator, save
-        run_script(script, command)
-
-    assert on_processes(2, run) == [0, 0]
-
-
-@pytest.mark.slow
-def test_deepspeed(script, workplace, one, tmp_path):
-    pytest.importorskip("deepspeed")
-    train_with_deepspeed_on_cpus(script, arguments(workplace, tmp_path / "straight", 2))
-    assert_close(tmp_path / "straight" / "checkpoint-6", one / "checkpoint-6")
-    for name, checkpoint in {"its_own": tmp_path / "straight", "of_one": one}.items():
-        options = {"resume_from_checkpoint": checkpoint / "checkpoint-3"}
-        train_with_deepspeed_on_cpus(script, arguments(workplace, tmp_path / name, 2, **options))
-    assert manifest(tmp_path / "its_own" / "checkpoint-6") == manifest(tmp_path / "straight" / "checkpoint-6")
-    assert_close(tmp_path / "of_one" / "checkpoint-6", one / "checkpoint-6")
-    on_one = resumed(script, workplace, tmp_path / "straight" / "checkpoint-3", tmp_path / "on_one", 1)
+    on_one = resumed(script, workplace, output_dir / "checkpoint-3", tmp_path / "on_one", 1)
     assert_close(on_one, one / "checkpoint-6")
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("config", ["fsdp2", "deepspeed_zero2"])
+def test_the_configurations_shard_on_gpus(script, workplace, tmp_path, config):
+    """This file is the script that is launched, see its end."""
+    if config == "deepspeed_zero2":
+        pytest.importorskip("deepspeed")
+    num_gpus = max(number for number in (1, 2, 4) if number <= torch.cuda.device_count())
+    path = EXAMPLES / "accelerate_configs" / f"{config}.yaml"
+    launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", path]
+    command = arguments(workplace, tmp_path, num_gpus)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent / "tests"), *sys.path])}
+    subprocess.run(
+        [*launcher, "--num_processes", str(num_gpus), __file__, *command], env=environment, check=True, timeout=300
+    )
+    assert num_processes_of(tmp_path / "checkpoint-6") == num_gpus
+    assert_result_is_a_pipeline(tmp_path)
+    on_one = resumed(script, workplace, tmp_path / "checkpoint-3", tmp_path / "on_one", 1)
+    expected = load_file(tmp_path / "checkpoint-6" / "transformer" / "diffusion_pytorch_model.safetensors")
+    for name, tensor in load_file(on_one / "transformer" / "diffusion_pytorch_model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0.05, atol=5e-3)  # bfloat16 here, float32 there
 
 
 @pytest.mark.parametrize("sharding", ["FSDP", "DEEPSPEED"])
@@ -383,3 +394,10 @@ def test_accelerate_understands_the_configurations(path, monkeypatch):
         assert arguments.offload_optimizer_device == arguments.offload_param_device == "none"
     if path.stem == "multi_node":
         assert arguments.num_machines == 2 and arguments.num_processes % 2 == 0
+
+
+if __name__ == "__main__":
+    train_gmem = load_script("train_gmem")
+    sharding = os.environ.get("ACCELERATE_USE_FSDP", "false") == "true"
+    assert_sharded_at_checkpoints(train_gmem, DistributedType.FSDP if sharding else DistributedType.DEEPSPEED)
+    train_gmem.main(train_gmem.parse_args(sys.argv[1:]))
