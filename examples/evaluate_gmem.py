@@ -349,7 +349,7 @@ def open_reference(args: argparse.Namespace, resolution: int, reader: FeatureRea
         name, published = Path(args.reference).name, read_published_statistics(args.reference)
         with np.load(args.reference) as file:
             has_images = "arr_0" in file
-        if not has_images:
+        if published and not has_images:
             logger.warning(f"{name} holds statistics alone: no precision, no recall, no distance of encoder features.")
             return Reference(name, 0, published)
         stat = Path(args.reference).stat()
@@ -386,8 +386,9 @@ def describe_protocol(protocol: dict[str, Any] | None, reference: Reference, res
             f"{'with' if protocol['replacement'] else 'without'} replacement from {protocol['memory_bank']['num_snippets']:,} "
             f"snippets, {protocol['dtype']}, seed {protocol['seed']}"
         )
+    count = f"{reference.num_images:,} images" if reference.num_images > 0 else "statistics alone"
     return (
-        f"{resolution} x {resolution}; {sampling}; against {reference.name} ({reference.num_images:,} images); "
+        f"{resolution} x {resolution}; {sampling}; against {reference.name} ({count}); "
         f"diffusers_gmem {diffusers_gmem.__version__}, definitions of ADM's evaluator"
     )
 
@@ -598,6 +599,8 @@ def main(args: argparse.Namespace) -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
     for name in ("httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Features of full precision, as on a CPU
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
     # 1. Images and networks
     samples = GeneratedImages(args.samples)
