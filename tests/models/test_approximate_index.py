@@ -127,6 +127,7 @@ def test_save_and_open(bank, tmp_path):
     opened = GMemMemoryBank.from_pretrained(tmp_path / "a")
     opened.verify()
     assert opened.approximate_index == bank.approximate_index and not opened.has_additions
+    assert opened.with_index(recall=0.5).has_additions
     assert opened.fingerprint == bank.fingerprint == make_bank().fingerprint
     for copy in (opened, pickle.loads(pickle.dumps(opened))):
         assert torch.equal(
