@@ -701,7 +701,8 @@ class Demo:
         output = self.sample(progress, count, **arguments)
         figures = []
         for k, (image, provenance) in enumerate(zip(output.images, output.provenance, strict=True)):
-            sources = provenance["sources"]
+            # At the ends of a path one of two has no part in it
+            sources = [source for source in provenance["sources"] if source["weight"] != 0]
             if sources[0].get("index") is None:
                 name, details = "Your image", []
             elif len(sources) == 1:
