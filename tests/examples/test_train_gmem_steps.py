@@ -17,7 +17,7 @@ from tiny_training import command_line, load_script, make_autoencoder, run_scrip
 from diffusers_gmem import GMemPipeline
 from diffusers_gmem.data import ImageSource
 from diffusers_gmem.evaluation import frechet_distance
-from diffusers_gmem.training import model_flops_per_image
+from diffusers_gmem.training import TrainingBatchSampler, model_flops_per_image
 from diffusers_gmem.training.online_evaluation import sample_statistics, snippet_statistics
 
 
@@ -93,8 +93,9 @@ def spoil(monkeypatch, script, call, how):
     [
         (lambda weight: weight * float("nan"), "its loss is nan and the norm of its gradient nan"),
         (lambda weight: (weight * 0).abs().sqrt(), r"its loss is \d\.\d+ and the norm of its gradient nan"),
+        (lambda weight: weight * 0 + float("inf"), r"its loss is inf and the norm of its gradient \d+\.\d+"),
     ],
-    ids=["loss", "gradient"],
+    ids=["both", "gradient", "loss"],
 )
 def test_a_step_that_is_not_finite_does_not_happen(script, workplace, finished, tmp_path, monkeypatch, how, message):
     """The first micro-batch of step 3 is bad."""
@@ -114,9 +115,12 @@ def test_a_step_that_is_not_finite_does_not_happen(script, workplace, finished, 
 
     samples = json.loads((failed / "samples.json").read_text())
     assert samples["step"] == 3 and len(samples["samples"]) == 4
+    sampler = TrainingBatchSampler(NUM_IMAGES, 2, 0, first_step=2, num_steps=3, gradient_accumulation_steps=2)
+    keys = [key for micro_batch in sampler for key in micro_batch]
+    assert [(sample["epoch"], sample["index"]) for sample in samples["samples"]] == keys
     source = ImageSource(str(workplace / "images"), cache_dir=str(workplace / "cache"))
     for sample in samples["samples"]:
-        assert sample["epoch"] == 0 and source.image_name(sample["index"]) == sample["image"]
+        assert source.image_name(sample["index"]) == sample["image"]
         assert sample["image"] in str(error.value)
     # The state is a checkpoint like any other
     run_script(script, [*command, "--resume_from_checkpoint", str(failed)])

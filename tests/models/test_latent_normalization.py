@@ -120,5 +120,6 @@ def test_decoding_undoes_what_encoding_and_normalising_did(kind):
         expected = vae.decode(encoded).sample
     if kind == "AutoencoderRAE":  # decodes to [0, 1]
         expected = expected * 2 - 1
+        assert torch.equal(normalize_latents(encoded, normalization_config(vae)), encoded)
     torch.testing.assert_close(found, expected)
     assert found.shape[2:] == (encoded.shape[2] * spatial_compression_ratio(vae),) * 2
