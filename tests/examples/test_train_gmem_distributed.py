@@ -270,7 +270,7 @@ def train_sharded_on_cpus(script, command, kind):
 
                 deepspeed.init_distributed(dist_backend="gloo")
                 plugin = DeepSpeedPlugin(zero_stage=2)
-                plugin.set_mixed_precision(accelerator.mixed_precision)
+                plugin.set_mixed_precision("no")
                 accelerator.state.deepspeed_plugins = {"default": plugin}
                 plugin.select(_from_accelerator_state=True)
                 accelerator.deepspeed_engine_wrapped = None
