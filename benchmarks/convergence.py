@@ -39,7 +39,6 @@ from pathlib import Path
 
 import PIL.Image
 import torch
-from diffusers.training_utils import EMAModel
 from tqdm.auto import tqdm
 
 from diffusers_gmem import (
@@ -52,6 +51,7 @@ from diffusers_gmem import (
 from diffusers_gmem.data import ImageSource, center_crop, compute_snippets, image_to_tensor, load_image_encoder
 from diffusers_gmem.evaluation import FeatureStatistics, frechet_distance
 from diffusers_gmem.training import GMemTrainingDataset, TrainingBatchSampler, flow_matching_loss
+from diffusers_gmem.training.moving_average import GMemEMAModel
 
 
 CURVES = ("no memory", "training memories", "held-out memories")
@@ -173,11 +173,9 @@ class Run:
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1.0, (step + 1) / args.warmup_steps)
         )
-        self.ema = EMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True)
+        self.ema = GMemEMAModel(transformer.parameters(), decay=args.ema_decay, foreach=True)
 
-    def train_until(self, step: int) -> None:
-        if step == self.step:
-            return
+    def train_until(self, step: int, progress_bar: tqdm) -> None:
         args, device = self.args, self.transformer.device
         loader = torch.utils.data.DataLoader(
             self.dataset,
@@ -200,6 +198,7 @@ class Run:
             self.optimizer.zero_grad()
             self.schedule.step()
             self.ema.step(self.transformer.parameters())
+            progress_bar.update()
         if math.isnan(loss.item()):
             raise RuntimeError(f"The loss is NaN before step {step}: lower --learning_rate.")
         self.seconds += time.perf_counter() - start
@@ -350,8 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
         writer.writeheader()
         for step in args.evaluation_steps:
             for run in runs.values():
-                progress_bar.update(step - run.step)
-                run.train_until(step)
+                run.train_until(step, progress_bar)
             for curve, memory in memories.items():
                 run = runs["no memory" if curve == "no memory" else "memory"]
                 last_images[curve] = run.generate(memory, curve)

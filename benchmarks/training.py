@@ -18,8 +18,9 @@ In between, for what is due to what: ours without compilation; and plain with co
 decorates its own. The first steps, which also compile, are compared: the exit status is 1 if the losses of any two differ by
 more than rounding. Then the ways take turns, a few steps at a time, so that a busy moment of the machine meets all. Printed
 are medians over the rounds, and of the ratio to plain in each round, with quartiles. The peak memory is that of a process
-that runs this way alone, after its first steps: resident memory on a CPU, allocated memory on a GPU. Reading data is not
-part of it (see `benchmarks/data.py`).
+that runs this way alone, after its first steps: resident memory on a CPU (Linux), with Python's own; allocated memory on a GPU.
+On a GPU whose peak rate in bfloat16 is known, the model FLOPs utilisation (MFU) is printed, too. Reading data is not part of
+it (see `benchmarks/data.py`).
 """
 
 import argparse
@@ -40,6 +41,7 @@ import torch.nn.functional as F
 from diffusers_gmem import GMemTransformer2DModel
 from diffusers_gmem.training import flow_matching_loss
 from diffusers_gmem.training.moving_average import GMemEMAModel
+from diffusers_gmem.training.throughput import model_flops_per_image, peak_flops
 
 
 # Largest relative difference of the losses of the first steps: the orders of summation differ
@@ -274,12 +276,16 @@ def main(arguments: list[str] | None = None) -> int:
     del steps
 
     print(f"\n{args.rounds} rounds of {args.steps_per_round} steps each, in turn\n")
-    print(f"{'':24}{'images/s':>10}{'ratio':>8}{'(quartiles)':>16}{'peak memory':>14}")
+    # The share of the device's peak rate that the matrix products of the model take up
+    peak = peak_flops(args.device)
+    flops = model_flops_per_image(transformer.config, args.alignment)
+    print(f"{'':24}{'images/s':>10}{'ratio':>8}{'(quartiles)':>18}{'MFU':>8}{'peak memory':>14}")
     for way, times in seconds.items():
         ratio, lower, upper = spread([plain / own for plain, own in zip(seconds["plain"], times, strict=True)])
         rate = args.batch_size * args.steps_per_round / statistics.median(times)
+        mfu = "-" if peak is None else f"{rate * flops / peak:.1%}"
         memory = f"{peak_memory(way, arguments) / 1e6:.0f} MB"
-        print(f"{way:24}{rate:10.1f}{ratio:8.3f}{f'({lower:.3f} to {upper:.3f})':>16}{memory:>14}")
+        print(f"{way:24}{rate:10.1f}{ratio:8.3f}{f'({lower:.3f} to {upper:.3f})':>18}{mfu:>8}{memory:>14}")
     return int(difference > tolerance)
 
 
