@@ -50,8 +50,7 @@ from diffusers_gmem import (
 )
 from diffusers_gmem.data import ImageSource, center_crop, compute_snippets, image_to_tensor, load_image_encoder
 from diffusers_gmem.evaluation import FeatureStatistics, frechet_distance
-from diffusers_gmem.training import GMemTrainingDataset, TrainingBatchSampler, flow_matching_loss
-from diffusers_gmem.training.moving_average import GMemEMAModel
+from diffusers_gmem.training import GMemEMAModel, GMemTrainingDataset, TrainingBatchSampler, flow_matching_loss
 
 
 CURVES = ("no memory", "training memories", "held-out memories")

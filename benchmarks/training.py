@@ -39,9 +39,7 @@ import torch
 import torch.nn.functional as F
 
 from diffusers_gmem import GMemTransformer2DModel
-from diffusers_gmem.training import flow_matching_loss
-from diffusers_gmem.training.moving_average import GMemEMAModel
-from diffusers_gmem.training.throughput import model_flops_per_image, peak_flops
+from diffusers_gmem.training import GMemEMAModel, flow_matching_loss, model_flops_per_image, peak_flops
 
 
 # Largest relative difference of the losses of the first steps: the orders of summation differ

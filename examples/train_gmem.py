@@ -54,7 +54,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
-from diffusers.training_utils import EMAModel, cast_training_params
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import make_image_grid
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from safetensors.torch import load_file, save_file
@@ -88,6 +88,7 @@ from diffusers_gmem.models.latent_normalization import (
     spatial_compression_ratio,
 )
 from diffusers_gmem.training import (
+    GMemEMAModel,
     GMemLatentTrainingDataset,
     GMemTrainingDataset,
     SampleDropout,
@@ -657,7 +658,7 @@ def read_weights(args: argparse.Namespace, transformer: torch.nn.Module, folder:
 
 
 def gather_weights(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, ema: EMAModel | None = None
+    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, ema: GMemEMAModel | None = None
 ) -> dict[str, torch.Tensor]:
     """
     All weights, or all that LoRA trains, or with `ema` their moving average, on the main process. All processes must call
@@ -744,7 +745,7 @@ def save_checkpoint(
     template: GMemTransformer2DModel,
     transformer: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
-    ema: EMAModel | None,
+    ema: GMemEMAModel | None,
     step: int,
     data_order: dict[str, int],
     log_sums: dict[str, torch.Tensor],
@@ -823,7 +824,7 @@ def resume(
     transformer: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
     lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
-    ema: EMAModel | None,
+    ema: GMemEMAModel | None,
     data_order: dict[str, int],
 ) -> tuple[int, dict[str, torch.Tensor]]:
     """Loads the checkpoint asked for, if there is one. Returns the number of steps done and this process's `log_sums`."""
@@ -1161,7 +1162,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     ema = None
     if args.ema:
-        ema = EMAModel(
+        ema = GMemEMAModel(
             trained_parameters(transformer),
             decay=args.ema_decay,
             min_decay=args.ema_decay if args.ema_warmup == "none" else 0.0,

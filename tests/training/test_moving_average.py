@@ -6,7 +6,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from tiny_pipeline import make_transformer
 
-from diffusers_gmem.training.moving_average import GMemEMAModel
+from diffusers_gmem.training import GMemEMAModel
 
 
 @pytest.mark.parametrize(
