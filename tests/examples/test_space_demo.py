@@ -23,6 +23,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from tiny_pipeline import make_bank, make_image_encoder, make_picture, make_pipeline, make_transformer
 
 from diffusers_gmem import GMemMemoryBank
+from diffusers_gmem.hub import push_memory_bank, push_pipeline
 
 
 APP = Path(__file__).parents[2] / "examples/space/app.py"
@@ -84,6 +85,16 @@ def test_a_pipeline_without_a_bank(app):
     assert tabs(page) == {"Generate": False, "Explore": False, "Mix": False, "Your image": True, "About": False}
     shown = demo.vary(progress, image=make_picture(), count=2, steps=2, seed=0)
     assert shown.count("<figure>") == 2 and "nearest" not in shown
+
+
+def test_a_pipeline_and_a_bank_of_the_hub_with_their_licences(app, hub):
+    bank = make_bank()
+    pipe = make_pipeline(make_transformer(in_channels=3), memory_bank=bank)
+    push_pipeline(pipe, "me/model", bank_repo_id="me/snippets", card={"license": "mit"})
+    push_memory_bank(bank, "me/snippets", license="cc0-1.0")
+    about = app.open_pipeline("me/model").about()
+    assert "| Model | me/model |" in about and bank.fingerprint in about
+    assert "| Licence of the model | mit |" in about and "| Licence of the source | cc0-1.0 |" in about
 
 
 def test_seeds_go_on_from_image_to_image(app):

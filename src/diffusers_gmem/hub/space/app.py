@@ -311,10 +311,11 @@ class Demo:
         pipe ([`GMemPipeline`]): The pipeline.
         name (`str`): What it is called on the page.
         license (`str`, *optional*): Of the model.
+        bank_license (`str`, *optional*): Of the images that the bank was made from.
     """
 
-    def __init__(self, pipe: GMemPipeline, name: str, license: str | None = None):
-        self.pipe, self.name, self.license = pipe, name, license
+    def __init__(self, pipe: GMemPipeline, name: str, license: str | None = None, bank_license: str | None = None):
+        self.pipe, self.name, self.license, self.bank_license = pipe, name, license, bank_license
         pipe.set_progress_bar_config(disable=True)
         self.bank = pipe.load_memory_bank()
         self.reads_images = pipe.image_encoder is not None and pipe.image_processor is not None
@@ -752,6 +753,7 @@ class Demo:
                 "Fingerprint of the bank": f"`{bank.fingerprint}`",
                 "Image encoder of the bank": publishable(bank.encoder) or unknown,
                 "Source of the bank": publishable(bank.source_dataset) or unknown,
+                "Licence of the source": self.bank_license or unknown,
             }
         rows = "\n".join(f"| {name} | {html.escape(str(value))} |" for name, value in facts.items())
         return (
@@ -765,7 +767,7 @@ class Demo:
 
     def bank_card(self) -> str:
         """What the card of the bank says about its contents and how it was made."""
-        card = memory_bank_card(self.bank, self.name).content
+        card = memory_bank_card(self.bank, self.name, self.bank_license).content
         return re.search(r"## What it holds.*?(?=## Removing an entry)", card, re.DOTALL)[0]
 
 
@@ -805,16 +807,21 @@ def open_pipeline(model: str) -> Demo:
         )
     try:
         pipe = GMemPipeline.from_pretrained(model).to("cuda" if torch.cuda.is_available() else "cpu")
-        is_local = Path(model).is_dir()
-        demo = Demo(pipe, Path(model).resolve().name if is_local else model)
+        bank_repo = (pipe.config.memory_bank_source or {}).get("repo_id")
+        bank_license = None if bank_repo is None else license_of(bank_repo, "dataset")
+        name = Path(model).resolve().name if Path(model).is_dir() else model
+        return Demo(pipe, name, license_of(model, "model"), bank_license)
     except (OSError, ValueError) as error:
         sys.exit(f"The pipeline {model} cannot be shown: {error}")
+
+
+def license_of(name: str, repo_type: str) -> str | None:
+    """What the card in a folder or a repository says, if there is one."""
     try:
-        card = Path(model, "README.md") if is_local else HubRepo(model, "model").download("README.md")
-        demo.license = RepoCard.load(card).data.to_dict().get("license")
+        card = Path(name, "README.md") if Path(name).is_dir() else HubRepo(name, repo_type).download("README.md")
+        return RepoCard.load(card).data.to_dict().get("license")
     except (OSError, ValueError):
-        logger.info("There is no card of the model: its licence is not shown.")
-    return demo
+        return None
 
 
 def main(args: argparse.Namespace) -> None:
