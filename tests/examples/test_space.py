@@ -111,36 +111,38 @@ def server(model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def browser():
+def context(server):
+    """A browser, which keeps the scripts of the page from test to test."""
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=["--no-sandbox", "--disable-quic", "--disable-background-networking"]
         )
-        yield browser
+        context = browser.new_context()
+        context.set_default_timeout(20_000)
+        yield context
         browser.close()
 
 
 @pytest.fixture
-def open_page(browser, server):
-    """Opens the page at an address, and sees to it that no script of it fails."""
-    context = browser.new_context(viewport={"width": 1280, "height": 900})
-    # The page has to do without the outside world
-    context.route(lambda url: not url.startswith(server[0]), lambda route: route.abort())
-    context.set_default_timeout(20_000)
-    errors = []
+def open_page(context, server):
+    """Opens the page at an address, and sees to it that no script of it fails and that it asks nobody else for anything."""
+    errors, elsewhere = [], []
+    here = (server[0], "data:", "blob:")
 
     def open_at(query="?tab=generate&steps=2", width=1280):
         page = context.new_page()
         page.set_viewport_size({"width": width, "height": 844})
         page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("request", lambda request: request.url.startswith(here) or elsewhere.append(request.url))
         page.goto(server[0] + query)
         tab = query.partition("tab=")[2].partition("&")[0] or "generate"
         page.locator(f"[role=tab][data-tab-id={tab}][aria-selected=true]").wait_for()
         return page
 
     yield open_at
-    context.close()
-    assert not errors
+    for page in context.pages:
+        page.close()
+    assert not errors and not elsewhere
 
 
 def panel(page, tab=None):
