@@ -89,12 +89,12 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
         "--evaluation_steps",
         type=int,
         nargs="+",
-        default=[100, 200, 400, 700, 1000],
-        help="After how many steps to evaluate; the training ends with the last (default 100 200 400 700 1000).",
+        default=[100, 200, 400, 700, 1000, 1500],
+        help="After how many steps to evaluate; the training ends with the last (default 100 200 400 700 1000 1500).",
     )
     evaluation.add_argument("--num_images", type=int, default=1024, help="Images of each evaluation (default 1024).")
     evaluation.add_argument(
-        "--num_inference_steps", type=int, default=5, help="Steps of Heun's ODE solver (default 5)."
+        "--num_inference_steps", type=int, default=10, help="Steps of Heun's ODE solver (default 10)."
     )
     evaluation.add_argument(
         "--feature_size", type=int, default=112, help="Side at which the encoder sees them, in pixels (default 112)."
