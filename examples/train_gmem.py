@@ -1316,10 +1316,11 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         }
         return pipeline, training, grid
 
-    def checkpoint(step: int, name: str = "checkpoint") -> None:
+    def checkpoint(step: int, name: str = "checkpoint") -> Path:
         log_sums = sums | {"num_batches": torch.tensor(num_batches)}
         folder = Path(args.output_dir, f"{name}-{step}")
         save_checkpoint(args, accelerator, template, transformer, optimizer, ema, step, data_order, log_sums, folder)
+        return folder
 
     def stop_before_bad_step(loss: float, grad_norm: float) -> None:
         """Ends a run whose next step is not finite, with all that is needed to look into it."""
@@ -1412,9 +1413,9 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
             sums, num_batches = {}, 0
             start_step, start_time = step, time.perf_counter()
         if step % args.checkpointing_steps == 0:
-            checkpoint(step)
+            newest = checkpoint(step)
             if args.checkpoints_total_limit is not None and accelerator.is_main_process:
-                remove_old_checkpoints(args.output_dir, args.checkpoints_total_limit)
+                remove_old_checkpoints(newest, args.checkpoints_total_limit)
         draw_grid = last_step or (args.validation_steps is not None and step % args.validation_steps == 0)
         measure_distance = args.fd_steps is not None and (last_step or step % args.fd_steps == 0)
         if draw_grid or measure_distance:

@@ -92,11 +92,19 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(three, caplog, damage):
 
 def test_damaged_ones_do_not_count_among_those_to_keep(three, caplog):
     flip_a_bit(three / "checkpoint-9" / "state.json")
-    remove_old_checkpoints(three, 2)
+    remove_old_checkpoints(three / "checkpoint-10", 2)
     assert names(three) == ["checkpoint-10", "checkpoint-8", "checkpoint-9"]
     assert "does not count" in caplog.text
-    remove_old_checkpoints(three, 1)
+    remove_old_checkpoints(three / "checkpoint-10", 1)
     assert names(three) == ["checkpoint-10"]
+
+
+def test_damaged_ones_of_later_steps_do_not_cost_the_good_ones(three):
+    """A run that passed over checkpoint-10 went on from checkpoint-8, and has written checkpoint-9 anew."""
+    flip_a_bit(three / "checkpoint-10" / "state.json")
+    remove_old_checkpoints(three / "checkpoint-9", 1)
+    assert names(three) == ["checkpoint-10", "checkpoint-9"]
+    assert latest_checkpoint(three).name == "checkpoint-9"
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(three):
@@ -164,7 +172,7 @@ def test_a_kill_at_any_moment_leaves_good_checkpoints(three, step, moment):
 def test_a_kill_while_old_ones_are_removed(three, caplog):
     def remove_and_die():
         checkpoints.shutil.rmtree = lambda folder: os.kill(os.getpid(), signal.SIGKILL)
-        remove_old_checkpoints(three, 2)
+        remove_old_checkpoints(three / "checkpoint-10", 2)
 
     process = multiprocessing.get_context("fork").Process(target=remove_and_die)
     process.start()

@@ -127,19 +127,26 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
     return None
 
 
-def remove_old_checkpoints(output_dir: str | Path, limit: int) -> None:
+def remove_old_checkpoints(newest: str | Path, limit: int) -> None:
     """
-    Removes the checkpoints older than the newest `limit` good ones. Call it right after [`write_checkpoint`]: the newest is
-    taken for good, the others are verified.
+    Removes the checkpoints that are older than the newest `limit` good ones.
+
+    Args:
+        newest (`str` or `Path`):
+            The checkpoint that [`write_checkpoint`] has just written, which is taken for good; the others are verified. Those
+            of later steps, of a run that went on from an earlier one, stay and do not count.
+        limit (`int`): how many to keep, at least 1.
     """
-    num_good = 0
-    for folder in reversed(list_checkpoints(output_dir)):
+    newest = Path(newest)
+    num_good = 1
+    for folder in reversed(list_checkpoints(newest.parent)):
+        if checkpoint_step(folder) >= checkpoint_step(newest):
+            continue
         if num_good == limit:
             _remove(folder)
             continue
         try:
-            if num_good > 0:
-                verify_checkpoint(folder)
+            verify_checkpoint(folder)
             num_good += 1
         except DamagedCheckpointError as error:
             logger.warning(f"A damaged checkpoint does not count among those to keep: {error}")
