@@ -45,9 +45,9 @@ from diffusers_gmem.data.shards import (
     compute_shards,
     memory_bank_of_shards,
     open_folder,
-    write_json,
     write_skipped_images,
 )
+from diffusers_gmem.files import write_json
 
 
 logger = get_logger(__name__)

@@ -31,6 +31,7 @@ from accelerate.logging import get_logger
 
 from diffusers_gmem import GMemPipeline, GMemPipelineOutput
 from diffusers_gmem.data import center_crop
+from diffusers_gmem.files import atomic_path
 from diffusers_gmem.pipelines.image_inputs import open_image_inputs
 
 
@@ -268,9 +269,8 @@ def main(args: argparse.Namespace) -> None:
     generate = PipelineRunner(args, PartialState().device)
     rows = {"variations": variations, "interpolate": interpolate, "remove": remove}[args.command](generate, args)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{args.output}.tmp"
-    make_grid(rows, args.tile_size).save(temporary, format="PNG", optimize=True)
-    Path(temporary).replace(args.output)
+    with atomic_path(args.output) as temporary:
+        make_grid(rows, args.tile_size).save(temporary, format="PNG", optimize=True)
     logger.info(f"Picture: {args.output}")
 
 

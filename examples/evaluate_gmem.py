@@ -54,7 +54,6 @@ from tqdm.auto import tqdm
 import diffusers_gmem
 from diffusers_gmem import GMemMemoryBank, GMemPipeline
 from diffusers_gmem.data import ImageSource, encode_pixel_values
-from diffusers_gmem.data.shards import write_json
 from diffusers_gmem.evaluation import (
     CroppedImages,
     FeatureStatistics,
@@ -68,7 +67,7 @@ from diffusers_gmem.evaluation import (
     read_published_statistics,
     similarity_percentiles,
 )
-from diffusers_gmem.models.memory_bank_files import flush
+from diffusers_gmem.files import atomic_path, flush, write_json, write_text
 
 
 logger = get_logger(__name__)
@@ -287,21 +286,14 @@ def fingerprint(module: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Gives what `write(temporary)` writes its name only when it is complete."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    write(temporary)
-    flush(temporary)
-    os.replace(temporary, path)
-
-
 def write_reference(folder: Path, statistics: dict[str, FeatureStatistics], pool: torch.Tensor | None) -> None:
     temporary = folder.with_name(f"{folder.name}.tmp")
     temporary.mkdir(parents=True, exist_ok=True)
     for kind, moments in statistics.items():
         moments.save(temporary / f"statistics_{kind}.safetensors")
     if pool is not None:
-        write_atomically(temporary / "pool.safetensors", lambda path: save_file({"pool": pool}, path))
+        save_file({"pool": pool}, temporary / "pool.safetensors")
+        flush(temporary / "pool.safetensors")
     os.replace(temporary, folder)
 
 
@@ -654,10 +646,11 @@ def main(args: argparse.Namespace) -> None:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
-            write_atomically(folder / name, lambda path, picture=picture: picture.save(path, "png"))
+            with atomic_path(folder / name) as temporary:
+                picture.save(temporary, format="PNG")
         write_json(folder / "evaluation.json", report)
         text = to_markdown(report)
-        write_atomically(folder / "evaluation.md", lambda path: path.write_text(text, encoding="utf-8"))
+        write_text(folder / "evaluation.md", text)
         print(f"\n{text}\nWritten to {folder}.")
     accelerator.end_training()
 

@@ -32,7 +32,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import platform
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -53,7 +52,8 @@ import diffusers_gmem
 from diffusers_gmem import GMemMemoryBank, GMemPipeline
 from diffusers_gmem.data.arguments import DTYPES, name_or_absolute_path
 from diffusers_gmem.data.keyed_permutation import KeyedPermutation
-from diffusers_gmem.data.shards import open_folder, write_json
+from diffusers_gmem.data.shards import open_folder
+from diffusers_gmem.files import atomic_path, write_json
 
 
 logger = get_logger(__name__)
@@ -299,14 +299,9 @@ class MemoryDraws:
         return int(rows[chosen])
 
 
-def write_atomically(path: Path, write) -> None:
-    """Gives what `write(file)` writes its name only when it is complete."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_image(path: Path, image: PIL.Image.Image) -> None:
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def write_npz(path: Path, image_paths: list[Path]) -> None:
@@ -316,19 +311,16 @@ def write_npz(path: Path, image_paths: list[Path]) -> None:
     np.lib.format.write_array_header_1_0(
         header, {"descr": "|u1", "fortran_order": False, "shape": (len(image_paths), height, width, 3)}
     )
-
-    def write(file) -> None:
-        # The name alone: without a date, the same images make the same file
-        with (
-            zipfile.ZipFile(file, "w") as archive,
-            archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member,
-        ):
-            member.write(header.getvalue())
-            for image_path in tqdm(image_paths, desc=path.name, unit="images"):
-                with PIL.Image.open(image_path) as image:
-                    member.write(np.array(image.convert("RGB")).tobytes())
-
-    write_atomically(path, write)
+    # The name alone: without a date, the same images make the same file
+    with (
+        atomic_path(path) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+        archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member,
+    ):
+        member.write(header.getvalue())
+        for image_path in tqdm(image_paths, desc=path.name, unit="images"):
+            with PIL.Image.open(image_path) as image:
+                member.write(np.array(image.convert("RGB")).tobytes())
 
 
 def main(args: argparse.Namespace) -> None:
@@ -387,7 +379,7 @@ def main(args: argparse.Namespace) -> None:
             ).images
             # What another batch size left is as good
             missing = [(paths[k], image) for k, image in zip(numbers, images, strict=True) if not paths[k].exists()]
-            list(writers.map(lambda item: write_atomically(item[0], lambda file: item[1].save(file, "png")), missing))
+            list(writers.map(lambda item: write_image(*item), missing))
             # The main process counts for the others: batches are dealt out evenly
             progress_bar.update(min(len(numbers) * accelerator.num_processes, args.num_images - progress_bar.n))
     progress_bar.close()
@@ -399,7 +391,8 @@ def main(args: argparse.Namespace) -> None:
         if lost:
             raise RuntimeError(f"{len(lost)} images are missing, the first is {lost[0]}.")
         rows = np.array([draws.row(k, image_generator(args.seed, k)) for k in range(args.num_images)])
-        write_atomically(folder / "memory_indices.npy", lambda file: np.save(file, rows))
+        with atomic_path(folder / "memory_indices.npy") as temporary, temporary.open("wb") as file:
+            np.save(file, rows)
         if args.npz and (batches or not (folder / "images.npz").exists()):
             write_npz(folder / "images.npz", paths)
         write_json(folder / PROTOCOL_NAME, protocol | {"complete": True})

@@ -78,8 +78,9 @@ from diffusers_gmem.data import (
     resize_patch_features,
 )
 from diffusers_gmem.data.arguments import add_image_arguments, name_or_absolute_path, open_image_encoder
-from diffusers_gmem.data.shards import SKIPPED_NAME, write_json, write_text
+from diffusers_gmem.data.shards import SKIPPED_NAME
 from diffusers_gmem.evaluation import FeatureStatistics, frechet_distance
+from diffusers_gmem.files import write_json, write_text
 from diffusers_gmem.hub import HubRepo
 from diffusers_gmem.models.latent_normalization import (
     decode_latents,

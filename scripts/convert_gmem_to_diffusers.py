@@ -35,6 +35,7 @@ from diffusers_gmem.conversion import (
     select_weights,
 )
 from diffusers_gmem.data import load_bank_encoder
+from diffusers_gmem.files import flush
 
 
 logger = logging.getLogger(__name__)
@@ -123,8 +124,7 @@ def save_as_a_whole(pipe: GMemPipeline, output_dir: Path) -> None:
         pipe.save_pretrained(Path(folder, "pipeline"))
         for path in Path(folder, "pipeline").rglob("*"):
             if path.is_file():
-                with path.open("rb+") as file:
-                    os.fsync(file.fileno())
+                flush(path)
         os.rename(Path(folder, "pipeline"), output_dir)
 
 

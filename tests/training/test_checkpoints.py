@@ -121,7 +121,7 @@ def test_files_and_folders_are_synced_before_the_name_is_there(tmp_path, monkeyp
     def fsync(descriptor):
         synced.append((os.readlink(f"/proc/self/fd/{descriptor}"), (tmp_path / "checkpoint-1").exists()))
 
-    monkeypatch.setattr(checkpoints.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     write_checkpoint(tmp_path / "checkpoint-1", write_files)
     temporary = f"{tmp_path}/checkpoint-1.tmp"
     before = {path for path, renamed in synced if not renamed}
@@ -134,7 +134,10 @@ def test_files_and_folders_are_synced_before_the_name_is_there(tmp_path, monkeyp
 
 @pytest.mark.parametrize(
     ("step", "moment"),
-    [(11, "_sync"), (11, "_sha256"), (11, "rename"), (10, "_sync"), (10, "rename"), (10, "rmtree")],
+    [
+        *((11, moment) for moment in ("flush", "flush_folder", "_sha256", "rename")),
+        *((10, moment) for moment in ("flush", "flush_folder", "rename", "rmtree")),
+    ],
 )
 def test_a_kill_at_any_moment_leaves_good_checkpoints(three, step, moment):
     """Killed at the first, second, ... call of what the writing is made of, until it is not reached any more."""

@@ -12,7 +12,6 @@ time.
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from ..files import atomic_path, write_json, write_text
 from ..models.memory_bank import GMemMemoryBank
 from .images import BrokenImageError, ImageSource, ImageStream
 from .keyed_permutation import KeyedPermutation
@@ -277,18 +277,6 @@ def open_folder(folder: Path, settings: dict[str, Any], name: str = CONFIG_NAME)
     return config
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under its name only when it is complete."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    _move(temporary, path)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """The same for a JSON file."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
 def write_skipped_images(path: Path, folder: Path, shards: list[Shard]) -> int:
     """Lists the images that were left out of the shards, in order, in a text file; returns how many they are."""
     skipped = [message for shard in shards for message in read_header(folder / shard.file)["skipped"]]
@@ -366,16 +354,9 @@ def _is_complete(folder: Path, stem: str, part: int, num_parts: int) -> bool:
 
 
 def _save(tensors: dict[str, torch.Tensor], header: dict[str, Any], path: Path) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
     # One entry only: safetensors writes several in random order
-    save_file(tensors, temporary, metadata={"images": json.dumps(header)})
-    _move(temporary, path)
-
-
-def _move(temporary: Path, path: Path) -> None:
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"images": json.dumps(header)})
 
 
 def _describe(path: Path) -> Shard:

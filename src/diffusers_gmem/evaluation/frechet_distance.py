@@ -4,13 +4,12 @@
 """The Fréchet distance between two sets of features (FID, arXiv 1706.08500), in one pass over each and in float64."""
 
 import os
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..models.memory_bank_files import flush
+from ..files import atomic_path
 
 
 class FeatureStatistics:
@@ -128,10 +127,8 @@ class FeatureStatistics:
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes a safetensors file. It appears under its name only when it is complete."""
-        temporary = Path(f"{path}.tmp")
-        save_file({"mean": self.mean, "scatter": self._scatter}, temporary, metadata={"count": str(self.count)})
-        flush(temporary)
-        os.replace(temporary, path)
+        with atomic_path(path) as temporary:
+            save_file({"mean": self.mean, "scatter": self._scatter}, temporary, metadata={"count": str(self.count)})
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FeatureStatistics":

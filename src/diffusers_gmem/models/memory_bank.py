@@ -19,6 +19,7 @@ from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from ..files import flush, flush_folder
 from ..hub.locate import locate_memory_bank
 from .approximate_index import ApproximateIndex
 from .low_rank import low_rank_basis
@@ -35,8 +36,6 @@ from .memory_bank_files import (
     check_size,
     dtype_name,
     first_nonfinite_row,
-    flush,
-    flush_folder,
     metadata_alias,
     metadata_path,
     open_tensors,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..files import flush_folder
 from .snippet_storage import STORED_DTYPES
 
 
@@ -221,16 +222,3 @@ def tidy(folder: Path) -> Manifest:
         if _OWN_FILE.fullmatch(path.name) and path.name not in in_use:
             path.unlink()
     return manifest
-
-
-def flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(path: Path) -> None:
-    """Makes renames in a folder last; Windows neither needs nor allows it."""
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers_gmem authors.
 # SPDX-License-Identifier: Apache-2.0
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import torch
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE, LoraBaseMixin, _fetch_state_dict
 from diffusers.utils.peft_utils import require_peft_backend
+
+from ..files import atomic_path
 
 
 class GMemLoraLoaderMixin(LoraBaseMixin):
@@ -143,16 +144,13 @@ class GMemLoraLoaderMixin(LoraBaseMixin):
         if not weight_name.endswith(".safetensors"):
             raise ValueError(f"`weight_name` must end in '.safetensors', got {weight_name!r}.")
         path = Path(save_directory, weight_name)
-        temporary = path.with_name(path.name + ".tmp")
-        cls._save_lora_weights(
-            save_directory=path.parent,
-            lora_layers={cls.transformer_name: transformer_lora_layers},
-            lora_metadata={cls.transformer_name: transformer_lora_adapter_metadata},
-            weight_name=temporary.name,
-        )
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with atomic_path(path) as temporary:
+            cls._save_lora_weights(
+                save_directory=path.parent,
+                lora_layers={cls.transformer_name: transformer_lora_layers},
+                lora_metadata={cls.transformer_name: transformer_lora_adapter_metadata},
+                weight_name=temporary.name,
+            )
 
     def fuse_lora(
         self,

@@ -4,7 +4,6 @@
 import inspect
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from numbers import Integral, Real
@@ -32,12 +31,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import CommitInfo
 from PIL.PngImagePlugin import PngInfo
 
+from ..files import atomic_path
 from ..hub.locate import locate_pipeline
 from ..hub.transfer import HubRepo
 from ..models.image_encoder import GMemImageEncoder
 from ..models.latent_normalization import decode_latents, spatial_compression_ratio
 from ..models.memory_bank import GMemMemoryBank
-from ..models.memory_bank_files import flush, flush_folder
 from ..models.snippet_sources import SnippetSources, attach_sources, sources_of
 from ..models.transformer_gmem import GMemTransformer2DModel
 from ..schedulers.scheduling_gmem_flow_match import GMemFlowMatchScheduler
@@ -136,11 +135,8 @@ class GMemPipelineOutput(BaseOutput):
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / f"{prefix}-{k:05d}.png" for k in range(len(images))]
         for k, path in enumerate(paths):
-            temporary = path.with_name(f".{path.name}.tmp")
-            images[k].save(temporary, format="PNG", pnginfo=self.png_metadata(k))
-            flush(temporary)
-            os.replace(temporary, path)
-        flush_folder(directory)
+            with atomic_path(path) as temporary:
+                images[k].save(temporary, format="PNG", pnginfo=self.png_metadata(k))
         return paths
 
 

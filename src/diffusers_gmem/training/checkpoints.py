@@ -10,12 +10,13 @@ Each holds a `manifest.json` with the size and SHA-256 of its files, by which a 
 import hashlib
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from ..files import flush, flush_folder
 
 
 logger = logging.getLogger(__name__)
@@ -61,14 +62,14 @@ def write_checkpoint(folder: str | Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         files = sorted(path for path in temporary.rglob("*") if path.is_file())
         with ThreadPoolExecutor(4) as threads:
-            records = list(threads.map(_sync_and_describe, files))
+            records = list(threads.map(_flush_and_describe, files))
         manifest = {
             path.relative_to(temporary).as_posix(): record for path, record in zip(files, records, strict=True)
         }
         (temporary / MANIFEST_NAME).write_text(json.dumps({"files": manifest}, indent=2) + "\n")
-        _sync(temporary / MANIFEST_NAME)
+        flush(temporary / MANIFEST_NAME)
         for path in (*temporary.rglob("*/"), temporary):
-            _sync(path)
+            flush_folder(path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         # Libraries that write have errors of their own for a full disk
@@ -83,7 +84,7 @@ def write_checkpoint(folder: str | Path, write: Callable[[Path], None]) -> None:
     if folder.exists():
         folder.rename(output_dir / f"{folder.name}.replaced")
     temporary.rename(folder)
-    _sync(output_dir)
+    flush_folder(output_dir)
     _settle_replaced(output_dir)
 
 
@@ -166,16 +167,8 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.tmp")))
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_and_describe(path: Path) -> dict[str, int | str]:
-    _sync(path)
+def _flush_and_describe(path: Path) -> dict[str, int | str]:
+    flush(path)
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
 
 
