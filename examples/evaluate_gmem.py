@@ -68,6 +68,7 @@ from diffusers_gmem.evaluation import (
     similarity_percentiles,
 )
 from diffusers_gmem.files import atomic_path, flush, write_json, write_text
+from diffusers_gmem.models.fingerprint import fingerprint
 
 
 logger = get_logger(__name__)
@@ -276,14 +277,6 @@ class FeatureReader:
                 pool.append(features["pool"][is_kept[start : start + len(features["pool"])]])
                 start += len(features["pool"])
         return statistics, torch.cat(pool) if pool else None
-
-
-def fingerprint(module: torch.nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def write_reference(folder: Path, statistics: dict[str, FeatureStatistics], pool: torch.Tensor | None) -> None:

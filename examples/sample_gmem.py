@@ -54,6 +54,7 @@ from diffusers_gmem.data.arguments import DTYPES, name_or_absolute_path
 from diffusers_gmem.data.keyed_permutation import KeyedPermutation
 from diffusers_gmem.data.shards import open_folder
 from diffusers_gmem.files import atomic_path, write_json
+from diffusers_gmem.models.fingerprint import fingerprint
 
 
 logger = get_logger(__name__)
@@ -184,17 +185,6 @@ def load_pipeline(args: argparse.Namespace) -> GMemPipeline:
     return pipe
 
 
-def fingerprint(module: torch.nn.Module | None) -> str | None:
-    """A hash of a module's weights, as they are used: names, dtypes, shapes and values."""
-    if module is None:
-        return None
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
-    return f"sha256:{digest.hexdigest()}"
-
-
 def describe_protocol(args: argparse.Namespace, pipe: GMemPipeline) -> dict[str, Any]:
     """Everything that decides what the images are."""
     bank = pipe.memory_bank
@@ -213,7 +203,7 @@ def describe_protocol(args: argparse.Namespace, pipe: GMemPipeline) -> dict[str,
             "name_or_path": name_or_absolute_path(args.model),
             "revision": pipe._own_repo().revision,
             "transformer": fingerprint(pipe.transformer),
-            "vae": fingerprint(pipe.vae),
+            "vae": None if pipe.vae is None else fingerprint(pipe.vae),
         },
         "memory_bank": {
             "of_the_pipeline": args.memory_bank is None,
