@@ -388,6 +388,9 @@ def test_fingerprints_of_parents_are_computed_when_they_are_needed(monkeypatch):
     assert not computed
     assert edited.history[0]["parents"] == [bank.fingerprint]
     assert len(computed) == 4  # of each parent, once
+    computed.clear()
+    edited = bank.without([0]).extend(rows(1), [0])
+    assert edited.descends_from(bank.fingerprint) and not computed  # the one that is known is looked at first
 
 
 def test_a_compressed_bank_does_not_hold_on_to_its_parents():

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import json
+import pickle
 
 import numpy as np
 import PIL.Image
@@ -319,6 +320,27 @@ def test_windows_paths_and_dates_are_published_harmlessly(tmp_path):
     )
     (path,) = run(pipe).save_images(tmp_path)
     assert read_provenance(path)["sources"] == [{"file": "cat.png", "day": "1970-01-01", "index": 0, "weight": 1.0}]
+
+
+def test_a_call_does_not_compute_the_fingerprint(pipe, bank):
+    edited = make_known_bank().without([0])
+    pipe.memory_bank = edited
+    output = run(pipe, memory_indices=[2])
+    run(pipe, image=make_picture())
+    assert "fingerprint" not in vars(edited)
+    (provenance,) = output.provenance
+    assert provenance["memory_bank"] == edited.fingerprint != bank.fingerprint
+    assert output.provenance is output.provenance
+
+
+def test_the_provenance_is_of_the_time_of_the_call(pipe):
+    snippets, latents = torch.ones(1, MEMORY_DIM), torch.ones(1, 3, 8, 8)
+    first = run(pipe, memory=snippets, latents=latents)
+    again = pickle.loads(pickle.dumps(run(pipe, memory=snippets, latents=latents))).provenance
+    snippets.zero_(), latents.zero_()
+    pipe.scheduler = GMemFlowMatchScheduler(solver="heun")
+    pipe.memory_bank = None
+    assert first.provenance == again
 
 
 def test_png_metadata(pipe, tmp_path):

@@ -398,7 +398,10 @@ class GMemMemoryBank:
 
     def descends_from(self, fingerprint: str) -> bool:
         """Whether a fingerprint is that of this bank or of one that edits made it from."""
-        return fingerprint == self.fingerprint or any(fingerprint in edit["parents"] for edit in self.history)
+        banks = [self, *(parent for edit in self._history for parent in edit.parents)]
+        # Those whose fingerprint is known come first: to compute one takes a pass over the rows
+        banks.sort(key=lambda bank: not isinstance(bank, str) and "fingerprint" not in vars(bank))
+        return any(fingerprint == (bank if isinstance(bank, str) else bank.fingerprint) for bank in banks)
 
     @property
     def reconstruction_error(self) -> float | None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -97,13 +98,27 @@ class GMemPipelineOutput(BaseOutput):
             arguments (the snippet, if it did not come from a bank, and `latents` and `negative_memory`; float32 in
             base64), `scheduler` and `guider` with their configuration, the `model` (name, commit, dtype, device, LoRA
             adapters, cache), and the fingerprint of the `memory_bank`. `repeatable` is false for an image that a callback
-            changed or whose run was ended early.
+            changed or whose run was ended early. It is put together when it is first read, as the fingerprint of a bank
+            that is not from a file takes a pass over all rows.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
     memory_indices: list[int] | None = None
     sources: list[list[dict[str, Any]] | None] | None = None
-    provenance: list[dict[str, Any]] | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._complete_provenance: Callable[[], list[dict[str, Any]]] | None = None
+
+    @cached_property
+    def provenance(self) -> list[dict[str, Any]] | None:
+        provenance = None if self._complete_provenance is None else self._complete_provenance()
+        self._complete_provenance = None  # it holds on to the bank
+        return provenance
+
+    def __reduce__(self):
+        self.provenance  # what completes it cannot be pickled
+        return super().__reduce__()
 
     def png_metadata(self, k: int) -> PngInfo:
         """The provenance of image k for `image.save("image.png", pnginfo=...)`: JSON, as the text "gmem"."""
@@ -1060,24 +1075,33 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             "settings": settings,
             "generator": generator_record,
             "repeatable": repeatable,
-            **self._describe(guider, None if sources is None else sources.bank),
+            **self._describe(guider),
         }
-        given_tensors = {name: tensor for name, tensor in given_tensors.items() if tensor is not None}
-        provenance = [
-            {
-                "image": k,
-                "memory_index": None if memory_indices is None else memory_indices[k],
-                "prompt": prompts[k * len(prompts) // batch_size],
-                "sources": publishable(described_sources[k]),
-                "seed": (generator_record[k] if is_list else generator_record)["seed"],
-                "tensors": {name: encode_tensor(tensor[k].float()) for name, tensor in given_tensors.items()},
-                **common,
-            }
-            for k in range(batch_size)
-        ]
-        return GMemPipelineOutput(images, memory_indices, described_sources, provenance)
+        # Copies, as the caller may go on to change his own
+        given_tensors = {name: tensor.float().clone() for name, tensor in given_tensors.items() if tensor is not None}
+        bank = None if sources is None else sources.bank
 
-    def _describe(self, guider: BaseGuidance | None, bank: GMemMemoryBank | None) -> dict[str, Any]:
+        def complete_provenance() -> list[dict[str, Any]]:
+            fingerprint = None if bank is None else bank.fingerprint
+            return [
+                {
+                    "image": k,
+                    "memory_index": None if memory_indices is None else memory_indices[k],
+                    "prompt": prompts[k * len(prompts) // batch_size],
+                    "sources": publishable(described_sources[k]),
+                    "seed": (generator_record[k] if is_list else generator_record)["seed"],
+                    "tensors": {name: encode_tensor(tensor[k]) for name, tensor in given_tensors.items()},
+                    **common,
+                    "memory_bank": fingerprint,
+                }
+                for k in range(batch_size)
+            ]
+
+        output = GMemPipelineOutput(images, memory_indices, described_sources)
+        output._complete_provenance = complete_provenance
+        return output
+
+    def _describe(self, guider: BaseGuidance | None) -> dict[str, Any]:
         """What images depend on beside the arguments of a call, for their provenance."""
 
         def configuration(component):
@@ -1099,7 +1123,6 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
             },
             "scheduler": configuration(self.scheduler),
             "guider": None if guider is None else configuration(guider),
-            "memory_bank": None if bank is None else bank.fingerprint,
         }
 
     def remake(self, provenance: dict[str, Any]) -> PIL.Image.Image:
@@ -1117,8 +1140,10 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
         if not provenance["repeatable"]:
             raise ValueError("The image cannot be made again: a callback changed it, or its run was ended early.")
         uses_bank = provenance["memory_index"] is not None
-        found = self._describe(self.guider, self.load_memory_bank() if uses_bank else None)
-        for name in ("scheduler", "guider", *(["memory_bank"] if uses_bank else [])):
+        found = self._describe(self.guider)
+        if uses_bank:
+            found["memory_bank"] = self._memory_bank_for_use().fingerprint
+        for name in found.keys() - {"model"}:
             if found[name] != provenance[name]:
                 raise ValueError(f"The image was made with the {name} {provenance[name]}; this one is {found[name]}.")
         if found["model"] != provenance["model"]:
