@@ -58,6 +58,13 @@ def test_a_data_set_of_the_datasets_library(tmp_path):
     assert source.id2label == {0: "cup", 1: "mug"}
     assert len({source.image_name(index) for index in range(4)}) == 4
 
+    # Images without a file name are called by their numbers, also when others are left out
+    nameless = source.dataset.map(lambda record: {"picture": record["picture"] | {"path": None}})
+    source.dataset = nameless.cast_column("picture", datasets.Image(decode=False))
+    some = source.select([3, 1]).select([0])
+    assert some.image_name(0) == "3" and some.read(0)[1:] == ("3", 0)
+    assert some[0].getpixel((0, 0))[0] == 3
+
 
 def parquet_folder(folder, labels):
     images = [PIL.Image.new("RGB", (6, 4))] * len(labels)

@@ -5,7 +5,7 @@
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,6 +137,10 @@ class ImageSource(_Images, torch.utils.data.Dataset):
 
     streaming = False
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.numbers: Sequence[int] = range(len(self.dataset))
+
     def __len__(self) -> int:
         return len(self.dataset)
 
@@ -147,7 +151,7 @@ class ImageSource(_Images, torch.utils.data.Dataset):
 
     def image_name(self, index: int) -> str:
         """File name of an image (class folder included), or its number where the data set does not tell."""
-        return self._name(self.dataset[index], index)
+        return self._name(self.dataset[index], self.numbers[index])
 
     def __getitem__(self, index: int) -> PIL.Image.Image:
         """The image in RGB, at its own size; transparency is laid on white."""
@@ -160,7 +164,7 @@ class ImageSource(_Images, torch.utils.data.Dataset):
         Raises:
             BrokenImageError: if the image cannot be read.
         """
-        return self._read(self.dataset[index], index)
+        return self._read(self.dataset[index], self.numbers[index])
 
     def find_broken(self) -> dict[int, str]:
         """Which images cannot be read, by number, and why. Reads all of them."""
@@ -173,8 +177,9 @@ class ImageSource(_Images, torch.utils.data.Dataset):
         return broken
 
     def select(self, indices: list[int]) -> "ImageSource":
-        """Some of the images, in the order that is given."""
+        """Some of the images, in the order that is given. Images without a file name keep their number as the name."""
         selected = copy.copy(self)
+        selected.numbers = [self.numbers[index] for index in indices]
         selected.dataset = self.dataset.select(indices)
         vars(selected).pop("labels", None)
         return selected
