@@ -98,6 +98,11 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("give either --embeddings or a source of images.")
     if args.embeddings is not None and (args.embedding_column is None) != (Path(args.embeddings).suffix == ".npy"):
         parser.error(f"--embedding_column goes with a .parquet file, got --embeddings {args.embeddings}.")
+    if args.embedding_column is not None and args.embeddings is None and args.dataset_name is None:
+        parser.error("--embedding_column goes with --embeddings of a .parquet file, or with --dataset_name.")
+    for name in ("streaming", "skip_bad_images"):
+        if getattr(args, name) and (args.embeddings is not None or args.embedding_column is not None):
+            parser.error(f"--{name} is for images, not embeddings.")
     if args.embedding_labels is not None and not str(args.embeddings).endswith(".npy"):
         parser.error("--embedding_labels goes with --embeddings of a .npy file.")
     if args.text_keys is not None and (args.embeddings is not None or args.embedding_column is not None):

@@ -288,6 +288,10 @@ def test_vectors_of_unequal_length_are_refused(script, tmp_path):
         (["--embeddings", "a.parquet"], "--embedding_column goes with a .parquet file"),
         (["--embeddings", "a.npy", "--embedding_column", "b"], "--embedding_column goes with a .parquet file"),
         (["--embeddings", "a.npy", "--text_keys", "b"], "--text_keys needs images"),
+        (["--train_data_dir", "a", "--embedding_column", "b"], "--embedding_column goes with --embeddings"),
+        (["--embedding_column", "b"], "--embedding_column goes with --embeddings"),
+        (["--embeddings", "a.npy", "--skip_bad_images"], "--skip_bad_images is for images"),
+        (["--dataset_name", "a", "--embedding_column", "b", "--streaming"], "--streaming is for images"),
         (["--embedding_labels", "a.npy"], "--embedding_labels goes with --embeddings of a .npy file"),
     ],
 )
