@@ -151,6 +151,12 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("--features encoder needs --model.")
     if "inception" not in args.features and args.inception_weights is not None:
         parser.error("--inception_weights is of no use without --features inception.")
+    for name in ("samples", "held_out_samples"):
+        folder = getattr(args, name)
+        if folder is not None and Path(args.output_dir).resolve().is_relative_to(Path(folder).resolve()):
+            parser.error(
+                f"--output_dir must not lie in --{name}: its pictures would be taken for samples the next time."
+            )
     for name in ("batch_size", "num_pairs", "num_precision_recall_images"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
@@ -401,6 +407,11 @@ def compare_own_memory(samples: GeneratedImages, bank: GMemMemoryBank, snippets:
     if not path.is_file() or protocol is None or protocol["memory_bank"]["fingerprint"] != bank.fingerprint:
         return None
     own = torch.from_numpy(np.load(path))
+    if len(own) != len(samples):
+        logger.warning(
+            f"{path} is of {len(own)} images, not of {len(samples)}: it does not say which is made from what."
+        )
+        return None
     similarities = [
         F.cosine_similarity(batch, bank[numbers.tolist()].float())
         for batch, numbers in zip(snippets.split(1000), own.split(1000), strict=True)

@@ -385,6 +385,7 @@ def test_two_processes_find_the_same(workplace, report, tmp_path):
         ([], "Give either --reference or --dataset_name"),
         (["--reference", "y", "--features", "encoder"], "--features encoder needs --model"),
         (["--reference", "y", "--num_pairs", "0"], "--num_pairs must be at least 1, got 0"),
+        (["--reference", "y", "--samples", "s", "--output_dir", "./s/e"], "--output_dir must not lie in --samples"),
         (
             ["--reference", "y", "--model", "z", "--features", "encoder", "--inception_weights", "w"],
             "of no use without --features inception",
@@ -395,6 +396,15 @@ def test_arguments_that_do_not_fit_are_refused(script, capsys, flags, message):
     with pytest.raises(SystemExit):
         script.parse_args(["--samples", "s", "--output_dir", "o", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_rows_of_other_samples_are_not_compared(script, workplace, pipe, caplog):
+    images = script.GeneratedImages(workplace / "samples")
+    rows = torch.zeros(COUNTS["samples"], dtype=torch.long)
+    assert script.compare_own_memory(images, pipe.memory_bank, torch.ones(len(rows), MEMORY_DIM), rows) is not None
+    images._files.pop()
+    assert script.compare_own_memory(images, pipe.memory_bank, torch.ones(len(rows) - 1, MEMORY_DIM), rows[1:]) is None
+    assert f"is of {len(rows)} images, not of {len(rows) - 1}" in caplog.text
 
 
 def test_a_pipeline_without_an_encoder_is_refused(script, workplace, tmp_path):
