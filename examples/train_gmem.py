@@ -50,7 +50,7 @@ import numpy as np
 import PIL.Image
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
@@ -107,7 +107,7 @@ from diffusers_gmem.training.checkpoints import (
     write_checkpoint,
 )
 from diffusers_gmem.training.online_evaluation import sample_statistics, snippet_statistics
-from diffusers_gmem.training.stopping import StopRequest, TrainingStopped, ignore_stop_signals
+from diffusers_gmem.training.stopping import LONGEST_WAIT, StopRequest, TrainingStopped, ignore_stop_signals
 from diffusers_gmem.training.training_state import gather_optimizer, gather_tensor, scatter_optimizer, scatter_tensor
 
 
@@ -118,6 +118,7 @@ DEFAULT_IMAGE_ENCODER = "facebook/dinov2-base"
 # Arguments that may differ between a run and its continuation without a word, or are nobody's business
 ARGUMENTS_OF_A_START = ("resume_from_checkpoint", "output_dir", "cache_dir", "hub_token")
 DEFAULT_RESOLUTION = 256
+DEFAULT_BLOCK_SIZE = 16
 # How images become latents and snippets
 ENCODING_ARGUMENTS = (
     "image_encoder",
@@ -171,9 +172,9 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--latents_block_size",
         type=int,
-        default=16,
-        help="Cached samples are drawn in blocks of so many neighbours, which are read fastest. They have nothing in "
-        "common: the cache is in random order.",
+        help="Cached samples are drawn in blocks of so many neighbours, which are read fastest. Default: "
+        f"{DEFAULT_BLOCK_SIZE}, as the cache is in random order and neighbours have nothing in common; of a stream, which "
+        "is in the order of its files, 1.",
     )
     data.add_argument(
         "--resolution",
@@ -280,7 +281,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--lr_scheduler",
         type=str,
         default="constant",
-        choices=[kind.value for kind in SchedulerType],
+        choices=[kind.value for kind in SchedulerType if kind != SchedulerType.PIECEWISE_CONSTANT],
         help="Schedule.",
     )
     training.add_argument("--lr_warmup_steps", type=int, default=0, help="Optimizer steps of linear warm-up.")
@@ -393,6 +394,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("--use_lora needs --pretrained_model_name_or_path.")
     else:
         args.image_encoder = args.image_encoder or DEFAULT_IMAGE_ENCODER
+    if args.lr_scheduler == "constant" and args.lr_warmup_steps > 0:
+        parser.error(
+            "--lr_scheduler constant has no warm-up: --lr_warmup_steps needs constant_with_warmup, or another."
+        )
     for name in ("hub_model_id", "hub_bank_id", "hub_token", "hub_private_repo"):
         if getattr(args, name) and not args.push_to_hub:
             parser.error(f"--{name} needs --push_to_hub.")
@@ -1041,6 +1046,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         project_config=ProjectConfiguration(
             project_dir=args.output_dir, logging_dir=str(Path(args.output_dir, args.logging_dir))
         ),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     missing = set(trackers) - {"all", *(tracker.value for tracker in accelerator.log_with)}
     if missing:
@@ -1085,6 +1091,8 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         if args.latents_dir is not None:
             source = open_latent_cache(args, pretrained)
             args.resolution = source.config["resolution"]
+            if args.latents_block_size is None:
+                args.latents_block_size = DEFAULT_BLOCK_SIZE if source.in_random_order else 1
             memory_bank, flipped_memory_bank = source.load_memory_bank(), None
             if pretrained is None:
                 vae = source.load_autoencoder(args.cache_dir)

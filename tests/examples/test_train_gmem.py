@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny_training import (
     EXAMPLES,
@@ -23,6 +24,7 @@ from tiny_training import (
 
 from diffusers_gmem import GMemFlowMatchScheduler, GMemMemoryBank, GMemPipeline, GMemTransformer2DModel
 from diffusers_gmem.data import ImageSource
+from diffusers_gmem.training.stopping import LONGEST_WAIT
 
 
 NUM_IMAGES = 40
@@ -384,6 +386,8 @@ def test_a_pretrained_pipeline_takes_its_own_resolution(script, workplace, finis
         (["--train_data_dir", "a", "--train_batch_size", "0"], "--train_batch_size must be at least 1, got 0"),
         (["--train_data_dir", "a", "--memory_drop_prob", "1.5"], r"--memory_drop_prob must be in \[0, 1\], got 1.5"),
         (["--train_data_dir", "a", "--lr_scheduler", "steps"], "invalid choice: 'steps'"),
+        (["--train_data_dir", "a", "--lr_scheduler", "piecewise_constant"], "invalid choice: 'piecewise_constant'"),
+        (["--train_data_dir", "a", "--lr_warmup_steps", "5"], "--lr_scheduler constant has no warm-up"),
         (["--train_data_dir", "a", "--use_lora"], "--use_lora needs --pretrained_model_name_or_path"),
         (
             ["--train_data_dir", "a", "--pretrained_model_name_or_path", "b", "--vae", "c"],
@@ -399,6 +403,13 @@ def test_wrong_arguments_are_refused(script, capsys, command, message):
     with pytest.raises(SystemExit):
         script.parse_args(command)
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_processes_wait_long_for_the_main_one(script, workplace, monkeypatch):
+    given = []
+    monkeypatch.setattr(script, "Accelerator", lambda **kwargs: given.append(kwargs) or Accelerator(**kwargs))
+    run_script(script, arguments(workplace, workplace / "waiting", max_train_steps=1))
+    assert [handler.timeout for handler in given[0]["kwargs_handlers"]] == [LONGEST_WAIT]
 
 
 @pytest.mark.slow

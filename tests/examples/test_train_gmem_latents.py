@@ -109,6 +109,17 @@ def test_the_result_is_a_complete_pipeline(finished, workplace):
     assert pipe(num_inference_steps=2).images[0].size == (8, 8)
 
 
+@pytest.mark.parametrize(("num_files", "block_size"), [(None, 16), (2, 1)])
+def test_neighbours_of_a_stream_are_not_drawn_together(script, workplace, tmp_path, num_files, block_size):
+    shutil.copytree(workplace / "latents", tmp_path / "latents")
+    config = json.loads((tmp_path / "latents" / "config.json").read_text())
+    (tmp_path / "latents" / "config.json").write_text(json.dumps(config | {"num_files": num_files}))
+    options = {"latents_dir": tmp_path / "latents", "latents_block_size": None, "max_train_steps": 1}
+    run_script(script, arguments(workplace, tmp_path / "out", **options, checkpointing_steps=1))
+    state = json.loads((tmp_path / "out" / "checkpoint-1" / "state.json").read_text())
+    assert state["data_order"]["block_size"] == block_size
+
+
 def test_the_grid_shows_decoded_latents_above_what_their_snippets_give(finished, workplace):
     output_dir, _ = finished
     assert sorted(path.name for path in (output_dir / "samples").iterdir()) == [

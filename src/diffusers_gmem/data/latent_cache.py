@@ -28,7 +28,8 @@ class LatentCache:
     alignment features, each of the image as it is and of its mirror image.
 
     The files are memory-mapped: opening is instant, and a read copies the rows that are asked for and nothing else. Rows
-    that lie side by side are read fastest. The images are in a random order, so neighbours have nothing in common.
+    that lie side by side are read fastest. The images are in a random order, so neighbours have nothing in common; those
+    of a stream are in the order of its files.
 
     A folder holds `config.json` and the shards that it lists. A shard is a safetensors file of n rows (v = 2 views):
 
@@ -83,6 +84,11 @@ class LatentCache:
 
     def __len__(self) -> int:
         return int(self.starts[-1])
+
+    @property
+    def in_random_order(self) -> bool:
+        """Whether neighbours have nothing in common, which is not so if the cache was made from a stream."""
+        return self.config["num_files"] is None
 
     @property
     def tensor_names(self) -> list[str]:

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import contextlib
+import datetime
 import logging
 import signal
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ import torch.distributed
 
 
 logger = logging.getLogger(__name__)
+
+# The main process encodes images, draws grids and measures distances alone
+LONGEST_WAIT = datetime.timedelta(days=1)
 
 
 class TrainingStopped(BaseException):
@@ -69,7 +73,7 @@ class StopRequest:
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return self.requested
         if self._group is None:  # on the CPU, so that it does not wait for a GPU
-            self._group = torch.distributed.new_group(backend="gloo")
+            self._group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
         requested = torch.tensor(int(self.requested))
         torch.distributed.all_reduce(requested, torch.distributed.ReduceOp.MAX, group=self._group)
         return bool(requested)
