@@ -39,9 +39,9 @@ import logging
 import math
 import os
 import tempfile
+import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -892,8 +892,8 @@ def resume(
 
 class HubPusher:
     """
-    Pushes checkpoints and the result to the Hub. Checkpoints go in a thread of their own: one at a time, and of those that
-    wait only the newest. A failure is logged; the next push brings what is missing.
+    Pushes checkpoints and the result to the Hub. Checkpoints go in the background: one at a time, and of those that wait only
+    the newest. A failure is logged; the next push brings what is missing. A process that is to end does not wait for them.
 
     The repositories are made here, before the training, which also shows whether the token may do so.
     """
@@ -905,7 +905,7 @@ class HubPusher:
         self.bank_id = None if args.hub_bank_id is None else self._make_repository(args.hub_bank_id, "dataset")
         self.bank_source: dict[str, str] | None = None
         self.waiting: deque[tuple[GMemPipeline, dict[str, Any], PIL.Image.Image | None]] = deque(maxlen=1)
-        self.thread = ThreadPoolExecutor(1)
+        self.is_pushing = threading.Lock()
 
     def _make_repository(self, name: str, repo_type: str) -> str:
         if "/" not in name:
@@ -920,21 +920,23 @@ class HubPusher:
         if self.waiting:
             logger.info("The Hub is slow: the checkpoint that waits for its push is passed over for this newer one.")
         self.waiting.append((pipeline, training, grid))
-        self.thread.submit(self._push_waiting)
+        self.thread = threading.Thread(target=self._push_waiting, daemon=True)
+        self.thread.start()
 
     def _push_waiting(self) -> None:
-        if self.waiting:
-            pipeline, training, grid = self.waiting.pop()
-            try:
-                self.push(pipeline, training, grid)
-            except Exception as error:
-                logger.warning(f"Step {training['steps']} was not pushed to the Hub: {error}")
+        with self.is_pushing:
+            if self.waiting:
+                pipeline, training, grid = self.waiting.pop()
+                try:
+                    self.push(pipeline, training, grid)
+                except Exception as error:
+                    logger.warning(f"Step {training['steps']} was not pushed to the Hub: {error}")
 
     def finish(self, pipeline: GMemPipeline, training: dict[str, Any], grid: PIL.Image.Image | None) -> None:
         """Pushes the result, after the push that is under way."""
         self.waiting.clear()
-        self.thread.shutdown()
-        self.push(pipeline, training, grid)
+        with self.is_pushing:
+            self.push(pipeline, training, grid)
 
     def push(self, pipeline: GMemPipeline, training: dict[str, Any], grid: PIL.Image.Image | None) -> None:
         bank = pipeline.memory_bank

@@ -2,7 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import logging
+import multiprocessing
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -162,10 +164,20 @@ def test_one_push_at_a_time_and_of_those_that_wait_the_newest(script, hub, monke
             assert started.wait(20)
         if steps == (1, 2, 3):
             gate.set()
-            pusher.thread.submit(lambda: None).result()
+            pusher.thread.join()
     threading.Timer(0.1, gate.set).start()
     pusher.finish(None, {"steps": 6}, None)
     assert events == [f"{step} {what}" for step in (1, 3, 4, 6) for what in ("starts", "ends")]
+
+
+def test_a_process_that_ends_does_not_wait_for_a_push(script, hub, monkeypatch):
+    monkeypatch.setattr(script.HubPusher, "push", lambda *args: time.sleep(60))
+    pusher = script.HubPusher(script.parse_args(["--train_data_dir", "a", "--output_dir", "mine", "--push_to_hub"]))
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=pusher.push_in_background, args=(None, {"steps": 1}, None))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
 
 
 def test_a_hub_that_fails_does_not_stop_the_training(hub, script, train, messages, monkeypatch):
@@ -173,7 +185,7 @@ def test_a_hub_that_fails_does_not_stop_the_training(hub, script, train, message
     finish = script.HubPusher.finish
 
     def finish_on_a_better_day(self, *args):
-        self.thread.submit(lambda: None).result()
+        self.thread.join()
         hub.faults.clear()
         finish(self, *args)
 
