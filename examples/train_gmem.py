@@ -1144,6 +1144,12 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         transformer = adapt_transformer(args, pretrained.transformer, latent_shape, dropout_seeds)
     else:
         transformer = build_transformer(args, latent_shape, memory_bank.dim, alignment_dim)
+    config = transformer.config
+    if alignment_dim is not None and (config.alignment_layer is None or config.alignment_dim != alignment_dim):
+        raise ValueError(
+            f"--alignment {args.alignment} needs a transformer that predicts features of {alignment_dim} dimensions, but its "
+            f"`alignment_layer` is {config.alignment_layer}, and its `alignment_dim` {config.alignment_dim}."
+        )
     # What pictures, pipelines and checkpoints are made of: in one piece, on the CPU, and never trained itself
     template = copy.deepcopy(transformer).eval() if accelerator.is_main_process else None
     transformer.train()
@@ -1251,7 +1257,6 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         logging_dir.mkdir(exist_ok=True)
         accelerator.init_trackers("gmem", config=settings, init_kwargs={"wandb": {"dir": str(logging_dir)}})
 
-    config = accelerator.unwrap_model(transformer).config
     num_tokens = (latent_shape[1] // config.patch_size) ** 2
     flops_per_image = model_flops_per_image(config, alignment=args.alignment != "none")
     # LoRA needs less arithmetic, and full precision has another peak

@@ -217,6 +217,16 @@ def test_a_pretrained_pipeline_is_trained_further(script, finished, workplace, t
     assert pipe(num_inference_steps=2).images[0].size == (8, 8)
 
 
+def test_alignment_needs_a_transformer_that_predicts_the_features(script, workplace, tmp_path):
+    model_config = json.loads((workplace / "model.json").read_text()) | {"alignment_layer": None}
+    (tmp_path / "model.json").write_text(json.dumps(model_config))
+    options = {"alignment": "cached", "model_config": tmp_path / "model.json"}
+    with pytest.raises(
+        ValueError, match="--alignment cached needs .* of 16 dimensions, but its `alignment_layer` is None"
+    ):
+        run_script(script, arguments(workplace, tmp_path / "out", **options))
+
+
 def test_lora_layers(script, finished, workplace, tmp_path):
     command = adaptation_arguments(
         workplace, finished[0], tmp_path, use_lora=True, alignment="cached", random_flip=True
