@@ -148,7 +148,7 @@ def test_killed_while_training(script, workplace, straight, tmp_path, moment):
     assert ("loss", 4) in logged(straight) and ("loss", NUM_STEPS) in logged(straight)
 
 
-@pytest.mark.parametrize("function", ["_sync_and_describe", "_settle_replaced"])
+@pytest.mark.parametrize("function", ["_flush_and_describe", "_settle_replaced"])
 def test_killed_while_writing_a_checkpoint(script, workplace, straight, tmp_path, function):
     """Again and again, each time in a later step than before, and resumed each time."""
     command = arguments(workplace, tmp_path, resume_from_checkpoint="latest")
