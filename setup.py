@@ -59,6 +59,7 @@ setup(
         "safetensors>=0.5",
         "pillow",
         "pyyaml",
+        "requests",
     ],
     extras_require=extras,
 )

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers_gmem authors.
 # SPDX-License-Identifier: Apache-2.0
 
+import contextlib
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -54,6 +55,12 @@ def url(folder):
         def do_GET(self):
             if self.path == "/slow.png":
                 threading.Event().wait(1)
+            if self.path == "/endless.png":
+                self.send_response(200)
+                self.end_headers()
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        self.wfile.write(bytes(2**16))
             if self.path == "/away.png":
                 self.send_response(302)
                 self.send_header("Location", "ftp://localhost/mug.png")
@@ -146,6 +153,7 @@ def test_explain_of_a_batch(pipe):
 
 def test_what_cannot_be_opened_is_named(pipe, folder, url, monkeypatch):
     monkeypatch.setattr(image_inputs, "REQUEST_TIMEOUT", 0.2)
+    monkeypatch.setattr(image_inputs, "MAX_DOWNLOAD_BYTES", 2**20)
     mug = folder / "mug.png"
     for image, error, message in (
         (folder / "none.png", FileNotFoundError, "none.png' does not exist"),
@@ -155,6 +163,7 @@ def test_what_cannot_be_opened_is_named(pipe, folder, url, monkeypatch):
         (f"{url}/none.png", ConnectionError, f"'{url}/none.png' could not be fetched: 404"),
         (f"{url}/slow.png", ConnectionError, f"'{url}/slow.png' could not be fetched: .*timed out"),
         (f"{url}/away.png", ConnectionError, f"'{url}/away.png' could not be fetched"),
+        (f"{url}/endless.png", ValueError, f"'{url}/endless.png' is larger than 1 MB"),
         (f"{url}/text.png", ValueError, f"'{url}/text.png' sent is not an image"),
         ("http://127.0.0.1:1/mug.png", ConnectionError, "'http://127.0.0.1:1/mug.png' could not be fetched"),
         (f"file://{mug}", ValueError, "only http and https"),

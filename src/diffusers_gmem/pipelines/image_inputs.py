@@ -17,6 +17,7 @@ from ..models.image_encoder import to_rgb
 ImageInput = str | Path | PIL.Image.Image | np.ndarray | torch.Tensor
 
 REQUEST_TIMEOUT = 30  # seconds, for a connection and for each wait for data
+MAX_DOWNLOAD_BYTES = 50 * 2**20
 
 
 def is_one_image(image: ImageInput | list[ImageInput]) -> bool:
@@ -56,12 +57,20 @@ def open_image_inputs(image: ImageInput | list[ImageInput]) -> tuple[list[PIL.Im
 def _fetch(url: str) -> PIL.Image.Image:
     if not re.match(r"https?://", url, re.IGNORECASE):
         raise ValueError(f"The image {url!r} cannot be fetched: only http and https can.")
+    content = io.BytesIO()
     try:
-        response = requests.get(url, timeout=REQUEST_TIMEOUT)
-        response.raise_for_status()
+        with requests.get(url, stream=True, timeout=REQUEST_TIMEOUT) as response:
+            response.raise_for_status()
+            for chunk in response.iter_content(2**16):
+                content.write(chunk)
+                if content.tell() > MAX_DOWNLOAD_BYTES:
+                    raise ValueError(
+                        f"The image {url!r} is larger than {MAX_DOWNLOAD_BYTES >> 20} MB: download it first."
+                    )
     except requests.RequestException as error:
         raise ConnectionError(f"The image {url!r} could not be fetched: {error}") from error
-    return _read(io.BytesIO(response.content), f"What {url!r} sent")
+    content.seek(0)
+    return _read(content, f"What {url!r} sent")
 
 
 def _read(file: str | Path | io.BytesIO, description: str) -> PIL.Image.Image:

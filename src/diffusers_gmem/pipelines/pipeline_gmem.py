@@ -117,7 +117,7 @@ class GMemPipelineOutput(BaseOutput):
         return provenance
 
     def __reduce__(self):
-        self.provenance  # what completes it cannot be pickled
+        _ = self.provenance  # what completes it cannot be pickled
         return super().__reduce__()
 
     def png_metadata(self, k: int) -> PngInfo:
@@ -461,7 +461,7 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
 
         Args:
             image (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                Paths, http(s) URLs and PIL images; arrays of shape `([n,] height, width, channels)` and tensors of shape
+                Paths, http(s) URLs (of up to 50 MB) and PIL images; arrays of shape `([n,] height, width, channels)` and tensors of shape
                 `([n,] channels, height, width)`, uint8 or in [0, 1]. As in training, they are turned upright by their
                 EXIF orientation, and transparency is laid on white.
 
