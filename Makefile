@@ -24,7 +24,7 @@ quickstart: $(VENV)/quickstart.installed
 		examples/train_gmem.py \
 		--train_data_dir $(QUICKSTART)/data/train --cache_dir $(QUICKSTART)/cache --cache_images \
 		--image_encoder efficientnet-lite0 --snippet_dim 256 --snippet_layers 11 \
-		--model_config examples/configs/quickstart.json --resolution 24 --output_dir $(QUICKSTART)/pipeline \
+		--model_config examples/configs/quickstart.json --resolution 24 --thumbnail_size 48 --output_dir $(QUICKSTART)/pipeline \
 		--train_batch_size 32 --max_train_steps 2700 --learning_rate 5e-3 --lr_scheduler cosine --lr_warmup_steps 150 \
 		--ema_decay 0.995 --validation_steps 900 --checkpointing_steps 900 \
 		--checkpoints_total_limit 1 --resume_from_checkpoint latest

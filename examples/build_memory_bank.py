@@ -34,11 +34,12 @@ from accelerate.logging import get_logger
 from tqdm.auto import tqdm
 
 from diffusers_gmem import GMemMemoryBank
-from diffusers_gmem.data import encode_pixel_values, encode_text_keys, load_text_key_encoder
+from diffusers_gmem.data import center_crop, encode_pixel_values, encode_text_keys, load_text_key_encoder
 from diffusers_gmem.data.arguments import (
     DTYPES,
     add_encoder_arguments,
     add_image_arguments,
+    add_thumbnail_argument,
     add_work_arguments,
     check_arguments,
     describe_images,
@@ -73,7 +74,8 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "--embedding_column", type=str, help="Column of the vectors, in the .parquet file or the data set."
     )
     embeddings.add_argument("--embedding_labels", type=str, help="For .npy: integers (N,) in another .npy file.")
-    add_encoder_arguments(parser)
+    encoder = add_encoder_arguments(parser)
+    add_thumbnail_argument(encoder)
     words = parser.add_argument_group("text keys")
     words.add_argument(
         "--text_keys",
@@ -107,6 +109,10 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         parser.error("--embedding_labels goes with --embeddings of a .npy file.")
     if args.text_keys is not None and (args.embeddings is not None or args.embedding_column is not None):
         parser.error("--text_keys needs images, not embeddings.")
+    if args.thumbnail_size is not None and (args.embeddings is not None or args.embedding_column is not None):
+        parser.error("--thumbnail_size needs images, not embeddings.")
+    if args.thumbnail_size is not None and args.thumbnail_size < 1:
+        parser.error(f"--thumbnail_size must be at least 1, got {args.thumbnail_size}.")
     return args
 
 
@@ -171,6 +177,19 @@ def rows_of_images(wanted: list[str], names: list[str], source: str) -> list[int
     return [places[name] for name in wanted]
 
 
+def check_present_bank(bank: GMemMemoryBank, args: argparse.Namespace) -> None:
+    """Only text keys are added to a bank: what is said about its snippets has to be true of them."""
+    if args.thumbnail_size is not None:
+        raise ValueError(f"--thumbnail_size goes with a new bank, but there is a {bank}: take another --output_dir.")
+    encoder = None if args.image_encoder is None else name_or_absolute_path(args.image_encoder)
+    for name, given in {"encoder": encoder, "encoder_revision": args.image_encoder_revision}.items():
+        if None not in (given, bank.encoder) and given != getattr(bank, name):
+            raise ValueError(
+                f"--image_{name} is {given!r}, but the snippets of the {bank} that is there were made with "
+                f"{getattr(bank, name)!r}: leave it out to add text keys, or take another --output_dir."
+            )
+
+
 def main(args: argparse.Namespace) -> None:
     # A process that is done waits for the others, however long they take
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(days=7))])
@@ -185,6 +204,7 @@ def main(args: argparse.Namespace) -> None:
             raise ValueError(f"There is a {present} already: take another --output_dir.")
         if present.metadata is None or "image" not in present.metadata.column_names:
             raise ValueError(f"{present} has no column 'image' in its metadata that says which image each row is of.")
+        check_present_bank(present, args)
     accelerator.wait_for_everyone()
 
     if args.embeddings is not None or args.embedding_column is not None:
@@ -224,7 +244,8 @@ def main(args: argparse.Namespace) -> None:
                 "revision": args.text_keys_revision,
                 "model_type": key_encoder.config.model_type,
             }
-    settings |= describe_images(images) | provenance | {"text_keys": text_model or None}
+    settings |= describe_images(images) | provenance
+    settings |= {"text_keys": text_model or None, "thumbnail_size": args.thumbnail_size}
     parts = folder / PARTS_FOLDER
     with accelerator.main_process_first():
         open_folder(parts, settings)
@@ -236,16 +257,19 @@ def main(args: argparse.Namespace) -> None:
             inputs["snippets"] = processor(images=image, return_tensors="pt").pixel_values[0]
         if args.text_keys is not None:
             inputs["text_keys"] = key_processor(images=image, return_tensors="pt").pixel_values[0]
+        if args.thumbnail_size is not None:
+            inputs["thumbnails"] = torch.from_numpy(np.array(center_crop(image, args.thumbnail_size)))
         return inputs
 
     def encode(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        thumbnails = {name: inputs[name] for name in inputs.keys() & {"thumbnails"}}
         inputs = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in inputs.items()}
         rows = {}
         if present is None:
             rows["snippets"], _ = encode_pixel_values(encoder, inputs["snippets"])
         if args.text_keys is not None:
             rows["text_keys"] = encode_text_keys(key_encoder, inputs["text_keys"])
-        return {name: tensor.to(DTYPES[args.bank_dtype]).cpu() for name, tensor in rows.items()}
+        return {name: tensor.to(DTYPES[args.bank_dtype]).cpu() for name, tensor in rows.items()} | thumbnails
 
     shards = compute_shards(
         accelerator,

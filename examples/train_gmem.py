@@ -76,8 +76,14 @@ from diffusers_gmem.data import (
     encode_images,
     load_autoencoder,
     resize_patch_features,
+    thumbnail_column,
 )
-from diffusers_gmem.data.arguments import add_image_arguments, name_or_absolute_path, open_image_encoder
+from diffusers_gmem.data.arguments import (
+    add_image_arguments,
+    add_thumbnail_argument,
+    name_or_absolute_path,
+    open_image_encoder,
+)
 from diffusers_gmem.data.shards import SKIPPED_NAME
 from diffusers_gmem.evaluation import FeatureStatistics, frechet_distance
 from diffusers_gmem.files import write_json, write_text
@@ -166,7 +172,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
 
-    add_image_arguments(parser)
+    add_thumbnail_argument(add_image_arguments(parser))
     data = parser.add_argument_group("training data")
     data.add_argument("--latents_dir", type=str, help="Folder that `cache_latents.py` wrote, instead of images.")
     data.add_argument(
@@ -416,6 +422,7 @@ def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
         "fd_steps",
         "logging_steps",
         "snippet_dim",
+        "thumbnail_size",
         "rank",
         "lora_alpha",
     ):
@@ -446,7 +453,7 @@ def check_data_arguments(parser: argparse.ArgumentParser, args: argparse.Namespa
         if args.alignment == "cached":
             parser.error("--alignment cached needs --latents_dir.")
         return
-    for name in (*ENCODING_ARGUMENTS, "resolution"):
+    for name in (*ENCODING_ARGUMENTS, "resolution", "thumbnail_size"):
         if getattr(args, name) is not None:
             parser.error(f"--{name} does not go with --latents_dir: the cache says what it was made with.")
     for name in ("streaming", "skip_bad_images", "cache_images"):
@@ -555,11 +562,15 @@ def prepare_encoder_and_banks(
                 encoder.fit_projection(snippets, args.snippet_dim, args.snippet_whitening)
                 encoder.save_pretrained(encoder_folder)
                 snippets = encoder.project(snippets.to(encoder.device)).cpu()
+            metadata = {"image": image_names}
+            if args.thumbnail_size is not None and not flip:
+                pictures = (center_crop(source[index], args.thumbnail_size) for index in range(len(source)))
+                metadata["thumbnail"] = thumbnail_column(pictures)
             GMemMemoryBank(
                 snippets,
                 labels=source.labels,
                 id2label=source.id2label,
-                metadata={"image": image_names},
+                metadata=metadata,
                 preprocessing=preprocessing,
                 source_dataset=source.name,
                 **encoder_record,

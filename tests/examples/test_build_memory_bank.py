@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, CLIPModel, CLIPTextModelWithProjection
 from diffusers_gmem import GMemMemoryBank
 from diffusers_gmem.data import (
     ImageSource,
+    center_crop,
     compute_snippets,
     encode_text_keys,
     load_image_encoder,
@@ -98,7 +100,8 @@ def test_a_finished_bank_is_left_alone(script, finished, workplace):
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_bytes(finished, workplace, tmp_path):
+def test_two_processes_write_the_same_bytes(script, workplace, tmp_path):
+    run_script(script, image_arguments(workplace, tmp_path / "one", thumbnail_size=6))
     driver = tmp_path / "driver.py"
     driver.write_text(
         "import accelerate, runpy\n"
@@ -108,16 +111,16 @@ def test_two_processes_write_the_same_bytes(finished, workplace, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     subprocess.run(
         [*command, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(driver)]
-        + image_arguments(workplace, tmp_path / "two"),
+        + image_arguments(workplace, tmp_path / "two", thumbnail_size=6),
         check=True,
         env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "2"},
     )
-    assert contents(tmp_path / "two") == contents(finished)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
 @pytest.mark.slow
 def test_killed_and_restarted_it_writes_the_same_bytes(script, workplace, clip, tmp_path):
-    small = {"shard_size": 1, "batch_size": 1, "text_keys": clip}
+    small = {"shard_size": 1, "batch_size": 1, "text_keys": clip, "thumbnail_size": 6}
     run_script(script, image_arguments(workplace, tmp_path / "whole", **small))
     killed = tmp_path / "killed"
     process = subprocess.Popen([sys.executable, SCRIPT, *image_arguments(workplace, killed, **small)])
@@ -210,6 +213,44 @@ def test_banks_that_no_text_keys_can_be_added_to(script, finished, workplace, cl
         script.rows_of_images(["a"], ["a", "b", "a"], "x")
 
 
+def test_thumbnails(script, finished, workplace, clip, tmp_path):
+    values = {"thumbnail_size": 6, "bank_dtype": "float16"}
+    run_script(script, image_arguments(workplace, tmp_path / "bank", **values))
+    bank = GMemMemoryBank.from_pretrained(tmp_path / "bank")
+    source = ImageSource(str(workplace / "images"), cache_dir=str(workplace / "cache"))
+    files = bank.metadata["thumbnail"].to_pylist()
+    for image, file in zip(source, files, strict=True):
+        picture = PIL.Image.open(io.BytesIO(file))
+        assert picture.format == "PNG" and picture.mode == "RGB"
+        assert np.array_equal(picture, center_crop(image, 6))
+    assert torch.equal(bank[:], GMemMemoryBank.from_pretrained(finished)[:].half())
+    # What is removed is in no file, a thumbnail neither
+    bank.without([7]).save_pretrained(tmp_path / "edited")
+    kept = GMemMemoryBank.from_pretrained(tmp_path / "edited").metadata["thumbnail"].to_pylist()
+    assert kept == files[:7] + files[8:]
+    pixels = files[7][files[7].index(b"IDAT") + 8 :][:16]  # the rest of a file is much the same in all
+    for name, is_there in {"bank": True, "edited": False}.items():
+        assert any(pixels in content for content in contents(tmp_path / name).values()) == is_there
+    # They are made with the bank
+    with pytest.raises(ValueError, match="--thumbnail_size goes with a new bank, but there is a GMem"):
+        run_script(script, image_arguments(workplace, tmp_path / "edited", text_keys=clip, thumbnail_size=6))
+
+
+def test_text_keys_are_not_added_to_a_bank_of_another_encoder(script, finished, workplace, clip, tmp_path):
+    shutil.copytree(finished, tmp_path / "bank")
+    before = contents(tmp_path / "bank")
+    for values, message in (
+        (
+            {"image_encoder": "other/encoder"},
+            "--image_encoder is 'other/encoder', but the snippets of .* with .*/encoder'",
+        ),
+        ({"image_encoder_revision": "abc"}, "--image_encoder_revision is 'abc', but .* with None: leave it out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_script(script, image_arguments(workplace, tmp_path / "bank", text_keys=clip, **values))
+    assert contents(tmp_path / "bank") == before
+
+
 def test_models_that_make_no_text_keys(script, workplace, clip, tmp_path):
     with pytest.raises(ValueError, match="is a Dinov2Model, which does not embed images and texts in one space"):
         run_script(script, image_arguments(workplace, tmp_path / "out", text_keys=workplace / "encoder"))
@@ -292,6 +333,8 @@ def test_vectors_of_unequal_length_are_refused(script, tmp_path):
         (["--embedding_column", "b"], "--embedding_column goes with --embeddings"),
         (["--embeddings", "a.npy", "--skip_bad_images"], "--skip_bad_images is for images"),
         (["--dataset_name", "a", "--embedding_column", "b", "--streaming"], "--streaming is for images"),
+        (["--embeddings", "a.npy", "--thumbnail_size", "8"], "--thumbnail_size needs images"),
+        (["--train_data_dir", "a", "--thumbnail_size", "0"], "--thumbnail_size must be at least 1, got 0"),
         (["--embedding_labels", "a.npy"], "--embedding_labels goes with --embeddings of a .npy file"),
     ],
 )

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -23,7 +24,7 @@ from tiny_training import (
 )
 
 from diffusers_gmem import GMemFlowMatchScheduler, GMemMemoryBank, GMemPipeline, GMemTransformer2DModel
-from diffusers_gmem.data import ImageSource
+from diffusers_gmem.data import ImageSource, center_crop
 from diffusers_gmem.training.stopping import LONGEST_WAIT
 
 
@@ -103,6 +104,7 @@ def finished(script, workplace):
         snippet_dim=12,
         snippet_layers=1,
         cache_images=True,
+        thumbnail_size=6,
     )
     run_script(script, command)
     return output_dir, command
@@ -118,6 +120,9 @@ def test_the_result_is_a_complete_pipeline(finished, workplace):
     assert pipe.memory_bank.shape == (NUM_IMAGES, 12)
     assert pipe.memory_bank.encoder == str(workplace / "encoder")
     assert pipe.memory_bank.metadata["image"].to_pylist() == [source.image_name(k) for k in range(NUM_IMAGES)]
+    thumbnails = pipe.memory_bank.metadata["thumbnail"].to_pylist()
+    for image, file in zip(source, thumbnails, strict=True):
+        assert np.array_equal(PIL.Image.open(io.BytesIO(file)), center_crop(image, 6))
     # Row k is what `image=` makes of image k
     torch.testing.assert_close(pipe.encode_image([source[0], source[39]]), pipe.memory_bank[[0, 39]])
 

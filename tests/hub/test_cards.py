@@ -64,6 +64,15 @@ def test_memory_bank_card(bank):
     assert 'squash_history("me/snippets", repo_type="dataset")' in parts["Removing an entry"]
 
 
+def test_a_bank_with_thumbnails(bank):
+    assert "small copy" not in memory_bank_card(bank, "me/snippets").text
+    pictured = GMemMemoryBank(bank[:], metadata={"thumbnail": [b"png"] * 7})
+    card = memory_bank_card(pictured, "me/snippets")
+    check_form(card)
+    assert "The column `thumbnail` holds a small copy of each image" in card.text
+    check_form(memory_bank_card(pictured.with_text_keys(torch.ones(7, 5)), "me/snippets"))
+
+
 def test_a_bank_with_text_keys(bank):
     assert "search_text" not in memory_bank_card(bank, "me/snippets").text
     card = memory_bank_card(bank.with_text_keys(torch.ones(7, 5), "org/clip", "abc", "clip"), "me/snippets")

@@ -1,5 +1,5 @@
 from .autoencoders import encode_images, load_autoencoder
-from .images import BrokenImageError, ImageSource, ImageStream, center_crop, image_to_tensor
+from .images import BrokenImageError, ImageSource, ImageStream, center_crop, image_to_tensor, thumbnail_column
 from .latent_cache import LatentCache
 from .snippets import (
     compute_patch_features,
@@ -31,4 +31,5 @@ __all__ = [
     "load_text_key_encoder",
     "paper_image_processor",
     "resize_patch_features",
+    "thumbnail_column",
 ]

@@ -71,6 +71,16 @@ def add_encoder_arguments(parser: argparse.ArgumentParser) -> argparse._Argument
     return group
 
 
+def add_thumbnail_argument(group: argparse._ArgumentGroup) -> None:
+    """Adds whether the bank holds its images in small."""
+    group.add_argument(
+        "--thumbnail_size",
+        type=int,
+        help="Keep each image, cropped and shrunk to so many pixels, as a PNG in the column 'thumbnail' of the bank's metadata, "
+        "where `examples/space` shows it. Whoever gets the bank gets these copies. Default: none.",
+    )
+
+
 def add_work_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Adds how the work is done."""
     group = parser.add_argument_group("work")

@@ -5,7 +5,7 @@
 
 import copy
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import datasets
 import numpy as np
 import PIL.Image
+import pyarrow
 import torch
 from diffusers.utils import logging
 
@@ -239,6 +240,16 @@ def center_crop(image: PIL.Image.Image, resolution: int) -> PIL.Image.Image:
         image = image.resize(size, PIL.Image.Resampling.BICUBIC)
     left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
     return image.crop((left, top, left + resolution, top + resolution))
+
+
+def thumbnail_column(images: Iterable[PIL.Image.Image]) -> pyarrow.Array:
+    """PNG files of images, for the column `thumbnail` of a bank's metadata. The same images give the same bytes."""
+    files = []
+    for image in images:
+        file = io.BytesIO()
+        image.save(file, format="PNG")
+        files.append(file.getvalue())
+    return pyarrow.array(files, pyarrow.large_binary())  # not limited to 2 GB
 
 
 def image_to_tensor(image: PIL.Image.Image) -> torch.Tensor:

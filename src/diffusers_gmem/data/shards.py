@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from ..files import atomic_path, write_json, write_text
 from ..models.memory_bank import GMemMemoryBank
-from .images import BrokenImageError, ImageSource, ImageStream
+from .images import BrokenImageError, ImageSource, ImageStream, thumbnail_column
 from .keyed_permutation import KeyedPermutation
 
 
@@ -289,7 +289,8 @@ def memory_bank_of_shards(
     folder: Path, shards: list[Shard], images: ImageSource | ImageStream, **provenance
 ) -> GMemMemoryBank:
     """
-    The bank of the `snippets` `(n, D)`, or `(n, v, D)` of which the first view counts, in the shards, in their order.
+    The bank of the `snippets` `(n, D)`, or `(n, v, D)` of which the first view counts, in the shards, in their order. RGB
+    `thumbnails` `(n, size, size, 3)`, uint8, become PNG files in the column `thumbnail` of its metadata.
 
     Args:
         folder (`Path`), shards (`list[Shard]`): what [`compute_shards`] made.
@@ -299,20 +300,22 @@ def memory_bank_of_shards(
     Raises:
         ValueError: if there is not a single image.
     """
-    snippets, labels, names = [], [], []
+    snippets, labels, names, thumbnails = [], [], [], []
     for shard in shards:
         with safe_open(folder / shard.file, framework="pt") as file:
             rows = file.get_tensor("snippets")
             snippets.append(rows if rows.ndim == 2 else rows[:, 0])
             labels += file.get_tensor("labels").tolist() if images.label_column is not None else []
             names += json.loads(file.metadata()["images"])["names"]
+            if "thumbnails" in file.keys():
+                thumbnails += map(PIL.Image.fromarray, file.get_tensor("thumbnails").numpy())
     if not names:
         raise ValueError(f"There is not a single image that can be read in {images.name}.")
     return GMemMemoryBank(
         torch.cat(snippets),
         labels=labels or None,
         id2label=images.id2label,
-        metadata={"image": names},
+        metadata={"image": names, **({"thumbnail": thumbnail_column(thumbnails)} if thumbnails else {})},
         source_dataset=images.name,
         copy=False,
         **provenance,

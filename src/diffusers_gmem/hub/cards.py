@@ -101,6 +101,7 @@ def memory_bank_card(
         repo_id=repo_id,
         has_metadata=has_metadata,
         has_text_keys=text_model is not None,
+        has_thumbnails=has_metadata and "thumbnail" in bank.metadata.column_names,
         facts=_rows(facts),
         classes=classes[:MAX_CLASSES],
         more_classes=max(0, len(classes) - MAX_CLASSES),
