@@ -52,12 +52,11 @@ import torch
 import transformers
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.logging import get_logger
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import make_image_grid
 from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
-from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from diffusers_gmem import (
@@ -110,16 +109,16 @@ from diffusers_gmem.training.checkpoints import (
     list_checkpoints,
     remove_old_checkpoints,
     verify_checkpoint,
-    write_checkpoint,
 )
 from diffusers_gmem.training.online_evaluation import sample_statistics, snippet_statistics
+from diffusers_gmem.training.run_checkpoints import load_checkpoint, save_checkpoint
 from diffusers_gmem.training.stopping import LONGEST_WAIT, StopRequest, TrainingStopped, ignore_stop_signals
-from diffusers_gmem.training.training_state import gather_optimizer, gather_tensor, scatter_optimizer, scatter_tensor
+from diffusers_gmem.training.training_state import gather_tensor
+from diffusers_gmem.training.weights import gather_weights, save_weights, trained_parameters
 
 
 logger = get_logger(__name__)
 
-EMA_FOLDER = "transformer_ema"
 DEFAULT_IMAGE_ENCODER = "facebook/dinov2-base"
 # Arguments that may differ between a run and its continuation without a word, or are nobody's business
 ARGUMENTS_OF_A_START = ("resume_from_checkpoint", "output_dir", "cache_dir", "hub_token")
@@ -639,58 +638,6 @@ def adapt_transformer(
     return transformer
 
 
-def named_trained_parameters(transformer: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
-    return [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
-
-
-def trained_parameters(transformer: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for _, parameter in named_trained_parameters(transformer)]
-
-
-def save_weights(args: argparse.Namespace, transformer: GMemTransformer2DModel, folder: str | Path) -> None:
-    """Saves the transformer, or only its LoRA layers."""
-    if not args.use_lora:
-        transformer.save_pretrained(folder)
-        return
-    from peft import get_peft_model_state_dict
-
-    GMemPipeline.save_lora_weights(
-        folder,
-        transformer_lora_layers=get_peft_model_state_dict(transformer),
-        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
-    )
-
-
-def read_weights(args: argparse.Namespace, transformer: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
-    """What `save_weights` saved, by the names of the transformer's parameters."""
-    if not args.use_lora:
-        return GMemTransformer2DModel.from_pretrained(folder).state_dict()
-    state_dict = GMemPipeline.lora_state_dict(folder)
-    keys = {
-        f"transformer.{name.replace('.default.', '.')}": name for name in dict(named_trained_parameters(transformer))
-    }
-    if state_dict.keys() != keys.keys():
-        raise ValueError(f"The LoRA layers in {folder} are not those of --lora_layers {args.lora_layers}.")
-    return {keys[key]: tensor for key, tensor in state_dict.items()}
-
-
-def gather_weights(
-    args: argparse.Namespace, accelerator: Accelerator, transformer: torch.nn.Module, ema: GMemEMAModel | None = None
-) -> dict[str, torch.Tensor]:
-    """
-    All weights, or all that LoRA trains, or with `ema` their moving average, on the main process. All processes must call
-    it: each may hold but a piece.
-    """
-    model = accelerator.unwrap_model(transformer)
-    trained = dict(named_trained_parameters(model))
-    tensors = trained if args.use_lora else model.state_dict()
-    if ema is not None:
-        tensors = {**tensors, **dict(zip(trained, ema.shadow_params, strict=True))}
-    is_main = accelerator.is_main_process
-    weights = {name: gather_tensor(tensor, keep=is_main) for name, tensor in tensors.items()}
-    return weights if is_main else {}
-
-
 def original_images(
     args: argparse.Namespace, source: ImageSource | LatentCache, pipeline: GMemPipeline, indices: list[int]
 ) -> list[PIL.Image.Image]:
@@ -756,64 +703,6 @@ def log_image(accelerator: Accelerator, name: str, image: PIL.Image.Image, step:
             tracker.log({name: trackio.Image(image)}, step=step)
 
 
-def save_checkpoint(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    template: GMemTransformer2DModel,
-    transformer: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: GMemEMAModel | None,
-    step: int,
-    data_order: dict[str, int],
-    log_sums: dict[str, torch.Tensor],
-    folder: Path,
-) -> None:
-    """
-    Writes all that a run needs to go on as if nothing had happened, on any number of processes: see `write_checkpoint`.
-
-    Args:
-        template (`GMemTransformer2DModel`): a plain copy of the transformer, whose weights are overwritten.
-        data_order (`dict`): what the order of the samples and all draws follow from, together with the step.
-        log_sums (`dict`): this process's sums for the next line of the log.
-    """
-    is_main = accelerator.is_main_process
-    weights = {"transformer": gather_weights(args, accelerator, transformer)}
-    if ema is not None:
-        weights[EMA_FOLDER] = gather_weights(args, accelerator, transformer, ema)
-    parameters = dict(named_trained_parameters(accelerator.unwrap_model(transformer)))
-    optimizer_state = gather_optimizer(parameters, optimizer.optimizer, keep=is_main)
-    # No generator has a part in the training, but in what others add to this script one may
-    process_state = {"generator": torch.get_rng_state()} | {
-        f"log_sum/{name}": total.cpu() for name, total in log_sums.items()
-    }
-    if accelerator.device.type != "cpu":
-        process_state["device_generator"] = torch.get_device_module(accelerator.device).get_rng_state()
-    process_states = gather_object([process_state])
-    state = {
-        "step": step,
-        "data_order": data_order,
-        "num_processes": accelerator.num_processes,
-        "scaler": None if accelerator.scaler is None else accelerator.scaler.state_dict(),
-        "arguments": {name: value for name, value in vars(args).items() if name not in ARGUMENTS_OF_A_START},
-    }
-
-    def write(folder: Path) -> None:
-        for name, tensors in weights.items():
-            template.load_state_dict(tensors, strict=not args.use_lora)
-            save_weights(args, template, folder / name)
-        save_file(optimizer_state, folder / "optimizer.safetensors")
-        save_file(
-            {f"{k}/{name}": tensor for k, tensors in enumerate(process_states) for name, tensor in tensors.items()},
-            folder / "processes.safetensors",
-        )
-        (folder / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-
-    if is_main:
-        write_checkpoint(folder, write)
-    accelerator.wait_for_everyone()
-    logger.info(f"Saved {folder}")
-
-
 def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path | None:
     """The checkpoint to resume from, if there is one. Raises if the one asked for by name is damaged."""
     if args.resume_from_checkpoint is None:
@@ -833,72 +722,6 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
     if folder is None:
         logger.info(f"There is no checkpoint in {args.output_dir} to resume from: starting from the beginning.")
     return folder
-
-
-def resume(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    transformer: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    lr_scheduler: torch.optim.lr_scheduler.LambdaLR,
-    ema: GMemEMAModel | None,
-    data_order: dict[str, int],
-) -> tuple[int, dict[str, torch.Tensor]]:
-    """Loads the checkpoint asked for, if there is one. Returns the number of steps done and this process's `log_sums`."""
-    folder = find_checkpoint(args, accelerator)
-    if folder is None:
-        return 0, {}
-    state = json.loads((folder / "state.json").read_text())
-    for name, value in data_order.items():
-        if state["data_order"][name] != value:
-            raise ValueError(
-                f"{folder} is of a run with {name} {state['data_order'][name]}, this one has {value}: its samples would "
-                "come in another order. The global batch is --train_batch_size x processes x "
-                "--gradient_accumulation_steps, of which each may change."
-            )
-    for name, value in json.loads(json.dumps(vars(args))).items():
-        if name in state["arguments"] and state["arguments"][name] != value:
-            logger.warning(f"--{name} is {value}, and was {state['arguments'][name]} before {folder.name}.")
-    if (EMA_FOLDER in {path.name for path in folder.iterdir()}) != (ema is not None):
-        raise ValueError(f"{folder} is of a run {'without' if ema is not None else 'with'} a moving average (--ema).")
-
-    model = accelerator.unwrap_model(transformer)
-    parameters = dict(named_trained_parameters(model))
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, whole in read_weights(args, model, folder / "transformer").items():
-        scatter_tensor(whole, tensors[name])
-    if ema is not None:
-        averages = read_weights(args, model, folder / EMA_FOLDER)
-        for name, average in zip(parameters, ema.shadow_params, strict=True):
-            scatter_tensor(averages[name], average)
-        ema.optimization_step = state["step"]
-    scatter_optimizer(load_file(folder / "optimizer.safetensors"), parameters, optimizer.optimizer)
-    lr_scheduler.last_epoch = state["step"]
-    for group, rate, schedule in zip(
-        lr_scheduler.optimizer.param_groups, lr_scheduler.base_lrs, lr_scheduler.lr_lambdas, strict=True
-    ):
-        group["lr"] = rate * schedule(state["step"])
-    if state["scaler"] is not None and accelerator.scaler is not None:
-        accelerator.scaler.load_state_dict(state["scaler"])
-
-    log_sums = {}
-    if state["num_processes"] == accelerator.num_processes:
-        prefix = f"{accelerator.process_index}/"
-        process_state = {
-            name.removeprefix(prefix): tensor
-            for name, tensor in load_file(folder / "processes.safetensors").items()
-            if name.startswith(prefix)
-        }
-        torch.set_rng_state(process_state["generator"])
-        if "device_generator" in process_state and accelerator.device.type != "cpu":
-            torch.get_device_module(accelerator.device).set_rng_state(process_state["device_generator"])
-        log_sums = {
-            name.removeprefix("log_sum/"): tensor.to(accelerator.device)
-            for name, tensor in process_state.items()
-            if name.startswith("log_sum/")
-        }
-    logger.info(f"Resuming from {folder}")
-    return state["step"], log_sums
 
 
 class HubPusher:
@@ -1203,7 +1026,12 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         "global_batch_size": global_batch_size,
         "block_size": None if args.latents_dir is None else args.latents_block_size,
     }
-    first_step, sums = resume(args, accelerator, transformer, optimizer, lr_scheduler, ema, data_order)
+    first_step, sums = 0, {}
+    folder = find_checkpoint(args, accelerator)
+    if folder is not None:
+        first_step, sums = load_checkpoint(
+            folder, accelerator, transformer, optimizer, lr_scheduler, ema, data_order, vars(args)
+        )
 
     # 3. Order of the samples
     draws = {
@@ -1294,7 +1122,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
 
     def make_pipeline() -> GMemPipeline | None:
         """The pipeline so far, on the main process; all must call it. The next call changes its weights."""
-        weights = gather_weights(args, accelerator, transformer, ema)
+        weights = gather_weights(accelerator, transformer, ema)
         if not accelerator.is_main_process:
             return None
         template.load_state_dict(weights, strict=not args.use_lora)
@@ -1346,7 +1174,10 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     def checkpoint(step: int, name: str = "checkpoint") -> Path:
         log_sums = sums | {"num_batches": torch.tensor(num_batches)}
         folder = Path(args.output_dir, f"{name}-{step}")
-        save_checkpoint(args, accelerator, template, transformer, optimizer, ema, step, data_order, log_sums, folder)
+        arguments = {name: value for name, value in vars(args).items() if name not in ARGUMENTS_OF_A_START}
+        save_checkpoint(
+            folder, accelerator, template, transformer, optimizer, ema, step, data_order, log_sums, arguments
+        )
         return folder
 
     def stop_before_bad_step(loss: float, grad_norm: float) -> None:
@@ -1466,7 +1297,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
     pipeline = make_pipeline()
     if pipeline is not None:
         if args.use_lora:
-            save_weights(args, pipeline.transformer, args.output_dir)
+            save_weights(pipeline.transformer, args.output_dir)
             if args.latents_dir is not None:
                 memory_bank.save_pretrained(Path(args.output_dir, "bank"))
         else:

@@ -237,10 +237,10 @@ def assert_sharded(kind, transformer, optimizer, ema):
 def assert_sharded_at_checkpoints(script, kind):
     save_checkpoint = script.save_checkpoint
 
-    def save(args, accelerator, template, transformer, optimizer, ema, *others):
+    def save(folder, accelerator, template, transformer, optimizer, ema, *others):
         assert accelerator.distributed_type == kind
         assert_sharded(kind, transformer, optimizer, ema)
-        save_checkpoint(args, accelerator, template, transformer, optimizer, ema, *others)
+        save_checkpoint(folder, accelerator, template, transformer, optimizer, ema, *others)
 
     script.save_checkpoint = save
 
