@@ -37,11 +37,7 @@ import copy
 import json
 import logging
 import math
-import os
-import tempfile
-import threading
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +52,6 @@ from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_se
 from diffusers.optimization import SchedulerType, get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import make_image_grid
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData
 from tqdm.auto import tqdm
 
 from diffusers_gmem import (
@@ -86,7 +81,6 @@ from diffusers_gmem.data.arguments import (
 from diffusers_gmem.data.shards import SKIPPED_NAME
 from diffusers_gmem.evaluation import FeatureStatistics, frechet_distance
 from diffusers_gmem.files import write_json, write_text
-from diffusers_gmem.hub import HubRepo
 from diffusers_gmem.models.latent_normalization import (
     decode_latents,
     normalization_config,
@@ -110,8 +104,10 @@ from diffusers_gmem.training.checkpoints import (
     remove_old_checkpoints,
     verify_checkpoint,
 )
+from diffusers_gmem.training.hub_pusher import HubPusher
 from diffusers_gmem.training.online_evaluation import sample_statistics, snippet_statistics
 from diffusers_gmem.training.run_checkpoints import load_checkpoint, save_checkpoint
+from diffusers_gmem.training.sharding import check_sharding, configure_deepspeed
 from diffusers_gmem.training.stopping import LONGEST_WAIT, StopRequest, TrainingStopped, ignore_stop_signals
 from diffusers_gmem.training.training_state import gather_tensor
 from diffusers_gmem.training.weights import gather_weights, save_weights, trained_parameters
@@ -134,35 +130,6 @@ ENCODING_ARGUMENTS = (
     "vae_revision",
 )
 WEIGHT_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
-LORA_CARD = """---
-{{ card_data }}
----
-
-# {{ repo_id.split("/")[-1] }}
-
-LoRA layers for the pipeline `{{ base }}`, with the package `diffusers_gmem` installed:
-
-```python
-from diffusers_gmem import GMemMemoryBank, GMemPipeline
-
-pipe = GMemPipeline.from_pretrained("{{ base }}")
-{%- if bank %}
-pipe.memory_bank = GMemMemoryBank.from_pretrained("{{ bank.repo_id }}", revision="{{ bank.revision }}")
-{%- endif %}
-pipe.load_lora_weights("{{ repo_id }}")
-images = pipe(num_images=8).images
-```
-
-## Training
-
-{{ training.steps }} optimizer steps, each with a global batch of {{ training.global_batch_size }} images:
-{{ "%.4g" % training.epochs }} epochs of the {{ training.num_images }} images of {{ dataset }}.
-
-| setting | value |
-| --- | --- |
-{% for name, value in training.items() if name not in ("steps", "global_batch_size", "num_images", "epochs") -%}
-| {{ name }} | {{ value }} |
-{% endfor %}"""
 
 
 def parse_args(input_args: list[str] | None = None) -> argparse.Namespace:
@@ -724,146 +691,6 @@ def find_checkpoint(args: argparse.Namespace, accelerator: Accelerator) -> Path 
     return folder
 
 
-class HubPusher:
-    """
-    Pushes checkpoints and the result to the Hub. Checkpoints go in the background: one at a time, and of those that wait only
-    the newest. A failure is logged; the next push brings what is missing. A process that is to end does not wait for them.
-
-    The repositories are made here, before the training, which also shows whether the token may do so.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self.options = {"private": args.hub_private_repo or None, "token": args.hub_token}
-        self.model_id = self._make_repository(args.hub_model_id or Path(args.output_dir).resolve().name, "model")
-        self.bank_id = None if args.hub_bank_id is None else self._make_repository(args.hub_bank_id, "dataset")
-        self.bank_source: dict[str, str] | None = None
-        self.waiting: deque[tuple[GMemPipeline, dict[str, Any], PIL.Image.Image | None]] = deque(maxlen=1)
-        self.is_pushing = threading.Lock()
-
-    def _make_repository(self, name: str, repo_type: str) -> str:
-        if "/" not in name:
-            name = f"{HfApi(token=self.args.hub_token).whoami()['name']}/{name}"
-        HubRepo(name, repo_type, token=self.args.hub_token).upload({}, "Start", private=self.options["private"])
-        return name
-
-    def push_in_background(
-        self, pipeline: GMemPipeline, training: dict[str, Any], grid: PIL.Image.Image | None
-    ) -> None:
-        """Pushes a pipeline that nobody changes any more; `training` and `grid` are for its card."""
-        if self.waiting:
-            logger.info("The Hub is slow: the checkpoint that waits for its push is passed over for this newer one.")
-        self.waiting.append((pipeline, training, grid))
-        self.thread = threading.Thread(target=self._push_waiting, daemon=True)
-        self.thread.start()
-
-    def _push_waiting(self) -> None:
-        with self.is_pushing:
-            if self.waiting:
-                pipeline, training, grid = self.waiting.pop()
-                try:
-                    self.push(pipeline, training, grid)
-                except Exception as error:
-                    logger.warning(f"Step {training['steps']} was not pushed to the Hub: {error}")
-
-    def finish(self, pipeline: GMemPipeline, training: dict[str, Any], grid: PIL.Image.Image | None) -> None:
-        """Pushes the result, after the push that is under way."""
-        self.waiting.clear()
-        with self.is_pushing:
-            self.push(pipeline, training, grid)
-
-    def push(self, pipeline: GMemPipeline, training: dict[str, Any], grid: PIL.Image.Image | None) -> None:
-        bank = pipeline.memory_bank
-        if self.bank_id is not None and self.bank_source is None:
-            commit = bank.push_to_hub(self.bank_id, **self.options)
-            self.bank_source = {"repo_id": self.bank_id, "revision": commit.oid}
-        message = f"Step {training['steps']}"
-        if self.args.use_lora:
-            commit = self._push_lora(pipeline.transformer, bank.source_dataset, training, message)
-        else:
-            commit = pipeline.push_to_hub(
-                self.model_id,
-                commit_message=message,
-                memory_bank_source=self.bank_source,
-                card={"dataset": bank.source_dataset, "training": training},
-                sample_grid=grid,
-                **self.options,
-            )
-        logger.info(f"Pushed step {training['steps']}: {commit.commit_url}")
-
-    def _push_lora(
-        self, transformer: GMemTransformer2DModel, dataset: str, training: dict[str, Any], message: str
-    ) -> CommitInfo:
-        base = self.args.pretrained_model_name_or_path
-        data = ModelCardData(
-            library_name="diffusers",
-            base_model=None if Path(base).is_dir() else base,  # the Hub takes no other name than that of a repository
-            datasets=None if self.bank_id is None else [self.bank_id],
-            tags=["gmem", "lora", "diffusers"],
-        )
-        card = ModelCard.from_template(
-            data,
-            template_str=LORA_CARD,
-            repo_id=self.model_id,
-            base=base,
-            bank=self.bank_source,
-            dataset=dataset,
-            training=training,
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            save_weights(self.args, transformer, folder)
-            files = {path.name: path for path in Path(folder).iterdir()} | {"README.md": str(card).encode()}
-            repo = HubRepo(self.model_id, "model", token=self.args.hub_token)
-            return repo.upload(files, message, private=self.options["private"])
-
-
-def check_sharding(accelerator: Accelerator | None = None) -> None:
-    """
-    Raises if the launcher asks for what accelerate would not do, where it says nothing itself. Before there is an accelerator,
-    only what needs none is checked.
-    """
-    for name in ("FSDP", "DEEPSPEED"):
-        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() != "true":
-            continue
-        if os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true" or not torch.accelerator.is_available():
-            raise ValueError(
-                f"The configuration of accelerate asks for {name}, which needs GPUs, but this run is on the CPU: take "
-                "examples/accelerate_configs/cpu.yaml."
-            )
-        if accelerator is not None and accelerator.distributed_type != name:
-            raise ValueError(
-                f"The configuration of accelerate asks for {name}, but accelerate made {accelerator.distributed_type} of it."
-            )
-    if accelerator is None:
-        return
-    num_processes = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != num_processes:
-        raise ValueError(
-            f"{num_processes} processes were started, but accelerate does not connect them, and each would train a model of "
-            "its own: for several processes on CPUs, set the environment variable ACCELERATE_USE_CPU=true."
-        )
-    if accelerator.distributed_type == "FSDP" and accelerator.state.fsdp_plugin.fsdp_version != 2:
-        raise ValueError(
-            "Of FSDP, only version 2 is supported: set fsdp_version: 2 in the configuration of accelerate."
-        )
-    if accelerator.distributed_type == "DEEPSPEED":
-        if accelerator.state.deepspeed_plugin.zero_stage > 2:
-            raise ValueError("Of DeepSpeed, ZeRO 1 and 2 are supported: for what ZeRO 3 does, use FSDP 2.")
-        if accelerator.mixed_precision == "fp16":
-            raise ValueError("With DeepSpeed, --mixed_precision must be no or bf16.")
-
-
-def configure_deepspeed(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """What DeepSpeed's file of settings would say twice. Weights and their averages stay float32, as everywhere else."""
-    accelerator.state.deepspeed_plugin.deepspeed_config |= {
-        "train_micro_batch_size_per_gpu": args.train_batch_size,
-        "gradient_accumulation_steps": args.gradient_accumulation_steps,
-        "gradient_clipping": args.max_grad_norm,
-        "torch_autocast": {"enabled": accelerator.mixed_precision == "bf16", "dtype": "bfloat16"},
-        "bf16": {"enabled": False},
-    }
-
-
 def main(args: argparse.Namespace) -> None:
     with StopRequest() as stop:
         try:
@@ -904,7 +731,15 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         )
     set_seed(args.seed)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    hub = HubPusher(args) if args.push_to_hub and accelerator.is_main_process else None
+    hub = None
+    if args.push_to_hub and accelerator.is_main_process:
+        hub = HubPusher(
+            args.hub_model_id or Path(args.output_dir).resolve().name,
+            args.hub_bank_id,
+            base_model=args.pretrained_model_name_or_path if args.use_lora else None,
+            private=args.hub_private_repo or None,
+            token=args.hub_token,
+        )
 
     # 1. The training data, their snippets, and what the transformer sees of them
     with accelerator.main_process_first():
@@ -1009,7 +844,7 @@ def train(args: argparse.Namespace, stop: StopRequest) -> None:
         num_training_steps=args.max_train_steps,
     )
     if accelerator.distributed_type == "DEEPSPEED":
-        configure_deepspeed(args, accelerator)
+        configure_deepspeed(accelerator, args.train_batch_size, args.gradient_accumulation_steps, args.max_grad_norm)
     transformer, optimizer = accelerator.prepare(transformer, optimizer)
     ema = None
     if args.ema:

@@ -18,6 +18,7 @@ from tiny_training import load_script, run_script, save_image_encoder
 
 from diffusers_gmem import GMemMemoryBank, GMemPipeline
 from diffusers_gmem.hub import transfer
+from diffusers_gmem.training.hub_pusher import HubPusher
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +68,8 @@ def train(script, workplace, tmp_path):
 def messages(caplog):
     """What the script logged so far."""
     caplog.set_level(logging.INFO)
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "train_gmem"]
+    names = ("train_gmem", "diffusers_gmem.training.hub_pusher")
+    return lambda: [record.getMessage() for record in caplog.records if record.name in names]
 
 
 def titles(hub, repo_id, kind="model"):
@@ -119,7 +121,7 @@ def test_pipeline_and_bank_are_pushed(hub, train, messages, monkeypatch):
 def test_every_checkpoint_is_pushed_as_it_was(hub, script, train, monkeypatch):
     """The pushes wait until the training has gone on, but not until it ends."""
     losses, gate = 0, threading.Event()
-    loss, push = script.flow_matching_loss, script.HubPusher.push
+    loss, push = script.flow_matching_loss, HubPusher.push
 
     def counted_loss(*args, **kwargs):
         nonlocal losses
@@ -133,7 +135,7 @@ def test_every_checkpoint_is_pushed_as_it_was(hub, script, train, monkeypatch):
         push(self, *args)
 
     monkeypatch.setattr(script, "flow_matching_loss", counted_loss)
-    monkeypatch.setattr(script.HubPusher, "push", late_push)
+    monkeypatch.setattr(HubPusher, "push", late_push)
     output_dir = train("--push_to_hub", "--hub_private_repo", "--max_train_steps", "4", output_dir="mine")
     assert titles(hub, "me/mine") == ["Step 4", "Step 2", "initial commit"]
     repo = hub.repository("me/mine")
@@ -144,7 +146,7 @@ def test_every_checkpoint_is_pushed_as_it_was(hub, script, train, monkeypatch):
         assert len(pipe.load_memory_bank()) == 10
 
 
-def test_one_push_at_a_time_and_of_those_that_wait_the_newest(script, hub, monkeypatch):
+def test_one_push_at_a_time_and_of_those_that_wait_the_newest(hub, monkeypatch):
     events, started, gate = [], threading.Event(), threading.Event()
 
     def slow_push(self, pipeline, training, grid):
@@ -153,9 +155,8 @@ def test_one_push_at_a_time_and_of_those_that_wait_the_newest(script, hub, monke
         assert gate.wait(20)
         events.append(f"{training['steps']} ends")
 
-    monkeypatch.setattr(script.HubPusher, "push", slow_push)
-    arguments = ["--train_data_dir", "a", "--output_dir", "mine", "--push_to_hub"]
-    pusher = script.HubPusher(script.parse_args(arguments))
+    monkeypatch.setattr(HubPusher, "push", slow_push)
+    pusher = HubPusher("mine")
     for steps in ((1, 2, 3), (4, 5)):
         gate.clear()
         started.clear()
@@ -182,14 +183,14 @@ def test_a_process_that_ends_does_not_wait_for_a_push(script, hub, monkeypatch):
 
 def test_a_hub_that_fails_does_not_stop_the_training(hub, script, train, messages, monkeypatch):
     """Until the end, the Hub answers every commit with an error. The last push brings what is missing."""
-    finish = script.HubPusher.finish
+    finish = HubPusher.finish
 
     def finish_on_a_better_day(self, *args):
         self.thread.join()
         hub.faults.clear()
         finish(self, *args)
 
-    monkeypatch.setattr(script.HubPusher, "finish", finish_on_a_better_day)
+    monkeypatch.setattr(HubPusher, "finish", finish_on_a_better_day)
     hub.fail("POST .*/commit/", times=10_000)
     train("--push_to_hub", "--hub_model_id", "org/model", "--hub_bank_id", "org/memory")
     failures = [message for message in messages() if "not pushed" in message]
