@@ -329,7 +329,7 @@ def wait_until(condition, seconds, process):
 def test_the_script_itself_is_killed_terminated_and_resumed(script, workplace, tmp_path):
     """As it is started by a user: SIGKILL while a checkpoint is written, then SIGTERM, then the rest of it."""
     command = arguments(
-        workplace, tmp_path / "run", max_train_steps=100_000, lr_scheduler="constant", report_to="none"
+        workplace, tmp_path / "run", max_train_steps=100_000, lr_scheduler="constant_with_warmup", report_to="none"
     )
     command += [
         "--resume_from_checkpoint",
