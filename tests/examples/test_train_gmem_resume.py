@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_training import EXAMPLES, command_line, load_script, run_script, save_digits, save_image_encoder
 
 from diffusers_gmem import GMemPipeline
-from diffusers_gmem.training import checkpoints
+from diffusers_gmem.training import checkpoints, run_checkpoints
 from diffusers_gmem.training.checkpoints import latest_checkpoint, list_checkpoints, verify_checkpoint
 
 
@@ -156,7 +156,9 @@ def test_killed_while_writing_a_checkpoint(script, workplace, straight, tmp_path
     def killed():
         # The first checkpoint is let through, the second is not finished
         done = len(list_checkpoints(tmp_path))
-        call_before(script, "write_checkpoint", 1 if done else 2, lambda: call_before(checkpoints, function, 0, die))
+        call_before(
+            run_checkpoints, "write_checkpoint", 1 if done else 2, lambda: call_before(checkpoints, function, 0, die)
+        )
         run_script(script, command)
 
     steps = []
