@@ -380,7 +380,7 @@ def describe_protocol(protocol: dict[str, Any] | None, reference: Reference, res
     count = f"{reference.num_images:,} images" if reference.num_images > 0 else "statistics alone"
     return (
         f"{resolution} x {resolution}; {sampling}; against {reference.name} ({count}); "
-        f"diffusers_gmem {diffusers_gmem.__version__}, definitions of ADM's evaluator"
+        f"diffusers_gmem {diffusers_gmem.__version__}"
     )
 
 
@@ -620,7 +620,13 @@ def main(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         sentence = describe_protocol(protocols[0], reference, resolution)
         results = [
-            {"metric": name, "value": float(f"{value:.6g}"), "num_images": len(samples), "protocol": sentence}
+            {
+                "metric": name,
+                "value": float(f"{value:.6g}"),
+                "num_images": len(samples),
+                # FD-... is not among ADM's metrics
+                "protocol": sentence if name.startswith("FD-") else f"{sentence}, definitions of ADM's evaluator",
+            }
             for name, value in compute_metrics(sets["samples"], reference, reader).items()
         ]
         report = {

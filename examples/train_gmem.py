@@ -442,6 +442,10 @@ def open_images(args: argparse.Namespace, accelerator: Accelerator) -> ImageSour
         path = Path(args.output_dir, SKIPPED_NAME)
         write_text(path, "".join(message.replace("\n", " ") + "\n" for message in broken.values()))
         logger.warning(f"{len(broken)} images could not be read and are left out: {path}")
+    if len(broken) == len(source):
+        raise ValueError(
+            f"None of the {len(source)} images can be read, the first because: {next(iter(broken.values()))}"
+        )
     return source.select([index for index in range(len(source)) if index not in broken])
 
 

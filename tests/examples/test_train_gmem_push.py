@@ -173,7 +173,7 @@ def test_one_push_at_a_time_and_of_those_that_wait_the_newest(hub, monkeypatch):
 
 def test_a_process_that_ends_does_not_wait_for_a_push(script, hub, monkeypatch):
     monkeypatch.setattr(script.HubPusher, "push", lambda *args: time.sleep(60))
-    pusher = script.HubPusher(script.parse_args(["--train_data_dir", "a", "--output_dir", "mine", "--push_to_hub"]))
+    pusher = HubPusher("mine")
     context = multiprocessing.get_context("fork")
     process = context.Process(target=pusher.push_in_background, args=(None, {"steps": 1}, None))
     process.start()

@@ -148,6 +148,20 @@ def test_describe_rows():
         bank.describe_rows(2)
 
 
+def test_describe_rows_leaves_large_columns_in_the_file(tmp_path):
+    metadata = {"name": list("abcd"), "thumbnail": [b"png"] * 4}
+    GMemMemoryBank(torch.randn(4, 4), labels=[0, 1, 1, 0], metadata=metadata).save_pretrained(tmp_path / "bank")
+    opened = GMemMemoryBank.from_pretrained(tmp_path / "bank")
+    edited = opened.without(indices=[1]).extend(torch.randn(1, 4), labels=[2])
+    assert [row["name"] for row in edited.describe_rows(slice(None))] == ["a", "c", "d", None]
+    assert [row["name"] for row in opened.describe_rows([3, 0])] == ["d", "a"]
+    assert "table" not in vars(opened._metadata_parts[0])
+    assert edited.metadata["thumbnail"].to_pylist() == [b"png"] * 3 + [None]
+
+    GMemMemoryBank(torch.randn(2, 4), metadata={"thumbnail": [b"png"] * 2}).save_pretrained(tmp_path / "plain")
+    assert GMemMemoryBank.from_pretrained(tmp_path / "plain").describe_rows([1]) == [{"index": 1}]
+
+
 # Made again from the PNG
 
 CALLS = {

@@ -82,12 +82,20 @@ class _MetadataFile:
 
     @cached_property
     def table(self) -> "pyarrow.Table":
+        return self._read()
+
+    @cached_property
+    def plain_table(self) -> "pyarrow.Table":
+        """The columns that are not large."""
+        return self._read(_plain_columns(self.schema))
+
+    def _read(self, columns: list[str] | None = None) -> "pyarrow.Table":
         import pyarrow.parquet
 
         path = metadata_path(self.folder, self.entry)
         check_size(path, self.entry)
         check_sha256(path, self.entry)
-        table = pyarrow.parquet.read_table(path)
+        table = pyarrow.parquet.read_table(path, columns=columns)
         if table.num_rows != self.entry.rows:
             raise ValueError(f"{path} has {table.num_rows} rows, but the bank has {self.entry.rows}.")
         return table
@@ -342,17 +350,23 @@ class GMemMemoryBank:
         Raises:
             `FileNotFoundError`, `ValueError`: the file is gone, or is not the one that the bank was opened with.
         """
-        if all(isinstance(part, int) for part in self._metadata_parts):
-            return None
-        import pyarrow
-
-        parts = [part.table if isinstance(part, _MetadataFile) else part for part in self._metadata_parts]
-        if len(parts) > 1:
-            schema = _joint_schema(parts)
-            parts = [_null_table(schema, part) if isinstance(part, int) else part for part in parts]
-        table = pyarrow.concat_tables(parts, promote_options="permissive")
+        table = _joint_table(
+            [part.table if isinstance(part, _MetadataFile) else part for part in self._metadata_parts]
+        )
         rows = self._storage.rows
-        return table if rows is None else _take_rows(table, rows)
+        return table if table is None or rows is None else _take_rows(table, rows)
+
+    @cached_property
+    def _plain_metadata(self) -> "pyarrow.Table | None":
+        """The metadata of all stored rows, without the columns that may be large: they stay in their file."""
+        parts = []
+        for part in self._metadata_parts:
+            if isinstance(part, _MetadataFile):
+                part = part.plain_table
+            elif not isinstance(part, int):
+                part = part.select(_plain_columns(part.schema))
+            parts.append(part)
+        return _joint_table(parts)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -518,15 +532,9 @@ class GMemMemoryBank:
         """
         rows = self._row_numbers(indices)
         described = [{} for _ in rows]
-        if self.metadata is not None:
-            import pyarrow
-
-            is_plain = {
-                field.name: not (pyarrow.types.is_nested(field.type) or "binary" in str(field.type))
-                for field in self.metadata.schema
-            }
-            table = self.metadata.select([name for name, plain in is_plain.items() if plain])
-            described = table.take(pyarrow.array(rows.numpy())).to_pylist()
+        if self._plain_metadata is not None and self._plain_metadata.num_columns:
+            stored_rows = rows if self._storage.rows is None else self._storage.rows[rows]
+            described = self._plain_metadata.take(stored_rows.numpy()).to_pylist()
         for row, entry in zip(rows.tolist(), described, strict=True):
             entry["index"] = row
             if self._labels is not None:
@@ -1517,6 +1525,25 @@ def _joint_schema(parts: Sequence["pyarrow.Table | _MetadataFile | int"]) -> "py
         return pyarrow.unify_schemas(schemas, promote_options="permissive")
     except pyarrow.ArrowException as error:
         raise ValueError(f"the columns of the metadata do not go together: {error}.") from error
+
+
+def _joint_table(parts: Sequence["pyarrow.Table | int"]) -> "pyarrow.Table | None":
+    """The parts below each other; those that are a number are that many empty rows."""
+    if all(isinstance(part, int) for part in parts):
+        return None
+    import pyarrow
+
+    if len(parts) > 1:
+        schema = _joint_schema(parts)
+        parts = [_null_table(schema, part) if isinstance(part, int) else part for part in parts]
+    return pyarrow.concat_tables(parts, promote_options="permissive")
+
+
+def _plain_columns(schema: "pyarrow.Schema") -> list[str]:
+    """The names of the columns of numbers and texts; images and embeddings may be in the others."""
+    from pyarrow import types
+
+    return [field.name for field in schema if not (types.is_nested(field.type) or "binary" in str(field.type))]
 
 
 def _null_table(schema: "pyarrow.Schema", count: int) -> "pyarrow.Table":
