@@ -71,6 +71,17 @@ def test_memories_without_thumbnails_are_previewed(app, scheduler):
     assert "<img" not in demo.explore(progress, show="all", count=3, page=2, preview=False)
 
 
+def test_a_broken_thumbnail_is_left_out(app, caplog):
+    content = io.BytesIO()
+    PIL.Image.new("RGB", (8, 8), "red").save(content, format="PNG")
+    whole = content.getvalue()
+    thumbnails = [whole, whole[:-30], b"no image", None, whole]
+    bank = GMemMemoryBank(make_bank()[:5], metadata={"thumbnail": thumbnails})
+    shown = make_demo(app, bank).explore(progress, show="all", count=5, page=1)
+    assert shown.count("<img") == 2 and shown.count("no picture") == 3
+    assert "memory 1" in caplog.text and "memory 2" in caplog.text and "memory 3" not in caplog.text
+
+
 def test_a_bank_without_anything_beside_its_rows(app):
     demo = make_demo(app, GMemMemoryBank(make_bank()[:]))
     assert tabs(demo.build()) == {"Generate": True, "Explore": True, "Mix": True, "Your image": False, "About": True}

@@ -734,7 +734,11 @@ class Demo:
     def thumbnail(self, row: int) -> PIL.Image.Image | None:
         """The image of a memory, where the bank's metadata holds one (the bytes of a PNG, JPEG or WebP file)."""
         content = self.bank.metadata[THUMBNAIL][row].as_py() if self.has_thumbnails else None
-        return None if content is None else decode_image(content).convert("RGB")
+        try:
+            return None if content is None else decode_image(content).convert("RGB")
+        except (gr.Error, OSError) as error:
+            logger.warning(f"The thumbnail of memory {row} cannot be shown: {error}")
+            return None
 
     def about(self) -> str:
         pipe, bank = self.pipe, self.bank
