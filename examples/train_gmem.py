@@ -24,9 +24,9 @@ With `--pretrained_model_name_or_path` a trained pipeline is adapted to the imag
         --train_data_dir my_style --resolution 256 --max_train_steps 1000 --mixed_precision bf16 --output_dir my-lora
 
 Without a cache, the images' snippets are computed first and make the memory bank (`output_dir/bank`). Every image trains
-with its own snippet as the condition, with the loss of the paper (arXiv 2412.08781). The same command with `--resume_from_checkpoint latest` goes on
-from the last checkpoint. At the end, `GMemPipeline.from_pretrained(output_dir)` loads the result (that of `--use_lora`
-apart).
+with its own snippet as the condition, with the loss of the paper (arXiv 2412.08781). The same command with
+`--resume_from_checkpoint latest` goes on from the last checkpoint. At the end,
+`GMemPipeline.from_pretrained(output_dir)` loads the result (that of `--use_lora` apart).
 
 With `--push_to_hub --hub_model_id me/gmem-mine --hub_bank_id me/my-memory` the bank, every checkpoint and the result go to
 the Hub, with cards. The training does not wait for it.

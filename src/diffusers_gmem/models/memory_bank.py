@@ -373,8 +373,8 @@ class GMemMemoryBank:
         """`"sha256:"` and 64 hexadecimal digits over the dtype, the shape, the rows and the labels, in order; of a bank of
         low rank over the basis and the mean too.
 
-        It does not depend on metadata, on text keys, on the split into files, on the record of the encoder or on the history. Computed
-        when first asked for; an opened bank takes it from its `config.json` (`verify` computes it anew).
+        It does not depend on metadata, on text keys, on the split into files, on the record of the encoder or on the
+        history. Computed when first asked for; an opened bank takes it from its `config.json` (`verify` computes it anew).
         """
         return self._compute_fingerprint()
 

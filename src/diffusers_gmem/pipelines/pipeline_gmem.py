@@ -91,15 +91,18 @@ class GMemPipelineOutput(BaseOutput):
             not known has `index=None`; an image of the caller has its name as `image`, which is `None` for one without.
             `weight` is 1, or the weight in a mixture: that of `GMemMemoryBank.mix`, the share of
             `GMemMemoryBank.interpolate`. `None` for a snippet of which nothing is known.
+
+    Attributes:
         provenance (`list[dict]`, *optional*):
             For each image all that is known of how it was made, for JSON, without paths of this machine: `sources`, the
-            `memory_index`, the `prompt` that found it, the `seed`, the number `image` of the image in its call and the `batch_size` of that, the
-            `settings` (arguments) of the call, the state of its `generator` (or of each), the `tensors` among the
-            arguments (the snippet, if it did not come from a bank, and `latents` and `negative_memory`; float32 in
-            base64), `scheduler` and `guider` with their configuration, the `model` (name, commit, dtype, device, LoRA
-            adapters, cache), and the fingerprint of the `memory_bank`. `repeatable` is false for an image that a callback
-            changed or whose run was ended early. It is put together when it is first read, as the fingerprint of a bank
-            that is not from a file takes a pass over all rows.
+            `memory_index`, the `prompt` that found it, the `seed`, the number `image` of the image in its call and the
+            `batch_size` of that, the `settings` (arguments) of the call, the state of its `generator` (or of each),
+            the `tensors` among the arguments (the snippet, if it did not come from a bank, and `latents` and
+            `negative_memory`; float32 in base64), `scheduler` and `guider` with their configuration, the `model`
+            (name, commit, dtype, device, LoRA adapters, cache), and the fingerprint of the `memory_bank`.
+            `repeatable` is false for an image that a callback changed or whose run was ended early. It is put
+            together when it is first read, as the fingerprint of a bank that is not from a file takes a pass over all
+            rows.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | torch.Tensor
@@ -461,9 +464,9 @@ class GMemPipeline(DiffusionPipeline, GMemLoraLoaderMixin):
 
         Args:
             image (`str`, `Path`, `PIL.Image.Image`, `np.ndarray`, `torch.Tensor` or a list of them):
-                Paths, http(s) URLs (of up to 50 MB) and PIL images; arrays of shape `([n,] height, width, channels)` and tensors of shape
-                `([n,] channels, height, width)`, uint8 or in [0, 1]. As in training, they are turned upright by their
-                EXIF orientation, and transparency is laid on white.
+                Paths, http(s) URLs (of up to 50 MB) and PIL images; arrays of shape `([n,] height, width, channels)`
+                and tensors of shape `([n,] channels, height, width)`, uint8 or in [0, 1]. As in training, they are
+                turned upright by their EXIF orientation, and transparency is laid on white.
 
         Returns:
             `torch.Tensor` of shape `(n, memory_dim)`, in float32.

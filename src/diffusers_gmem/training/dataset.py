@@ -181,7 +181,8 @@ class GMemLatentTrainingDataset(torch.utils.data.Dataset):
 
     A batch is a dict of `latents` `(n, *latent_shape)`, float32, sampled from the posterior and not normalised (see
     `diffusers_gmem.models.latent_normalization`), `memory` `(n, memory_dim)`, `memory_dropout_mask` `(n, memory_dim)`,
-    `dropout_seed` `(n,)` for [`SampleDropout`], `timestep` `(n,)`, `noise` like `latents` and, where asked for, `alignment_features` `(n, num_patches, dim)`.
+    `dropout_seed` `(n,)` for [`SampleDropout`], `timestep` `(n,)`, `noise` like `latents` and, where asked for,
+    `alignment_features` `(n, num_patches, dim)`.
 
     Raises:
         ValueError: if the cache has no alignment features and they are asked for.

@@ -329,9 +329,9 @@ class Demo:
     def build(self) -> gr.Blocks:
         with gr.Blocks(title=f"Draw from memory: {self.name}", analytics_enabled=False) as page:
             gr.Markdown(
-                f"# Draw from memory\n**{html.escape(self.name)}** is an image generator with a memory: every image is drawn from a *memory*, the "
-                "features of one image that is kept in a bank. Draw from the bank, look into it, mix what it holds, or "
-                "show it something new."
+                f"# Draw from memory\n**{html.escape(self.name)}** is an image generator with a memory: every image is "
+                "drawn from a *memory*, the features of one image that is kept in a bank. Draw from the bank, look into "
+                "it, mix what it holds, or show it something new."
             )
             with gr.Tabs() as tabs:
                 for title, add, lack in (
